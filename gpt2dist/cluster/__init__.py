@@ -1,0 +1,1 @@
+"""The cluster: Ray sessions, and what a run needs of its machines."""

@@ -1,0 +1,86 @@
+"""A Ray session for one command: a cluster that is there already, or a private one of our own.
+
+While it is open, everything that Ray, DeepSpeed and the workers print goes to a log file; the terminal keeps
+what matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+# Read by Ray when it is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+from gpt2dist.config import UserError
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Of a private cluster: blocks in flight are a few MB each."""
+
+
+@contextlib.contextmanager
+def output_to_log(path: Path) -> Iterator[IO[str]]:
+    """Send file descriptors 1 and 2 to `path`, also for child processes; yields the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    terminal = os.fdopen(os.dup(saved[0]), "w")
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        terminal.close()
+        for target, fd in zip((1, 2), saved, strict=True):
+            os.dup2(fd, target)
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[None]:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a private one and stop it at the end.
+
+    Raises:
+        UserError: there is no cluster at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    temporary = None
+    try:
+        if address:
+            ray.init(address=address)
+        else:
+            temporary = tempfile.mkdtemp(prefix="g2d-", dir="/tmp" if os.path.isdir("/tmp") else None)
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        if address:
+            raise UserError(f"address: {address}: no Ray cluster answers there ({str(e).splitlines()[0]})") from None
+        raise
+    # Ray Data's own bars and chatter go to the log with the rest.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,327 @@
+"""The run file: frozen, typed sections; unknown keys and wrong types are refused by name.
+
+A run file is TOML. ``load_run`` reads it, applies ``--set section.key=value`` and returns a `RunConfig`.
+Every mistake raises `UserError` with one line that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed as one line, exit code 2."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class PrepareSection(Section):
+    """[prepare] documents → token shards."""
+
+    sources: list[str] = []
+    """`builtin:stdlib`, files (.txt, .md, .jsonl), directories or globs."""
+    text_field: str = "text"
+    """The field of a .jsonl record that holds the document."""
+    output: str = ""
+    """Directory of the prepared data set."""
+    val_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of documents that go to the validation split, chosen by a hash of the text."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """What a record that cannot be read does: stop with its file and line, or be counted and left out."""
+    cpus: int | None = Field(default=None, ge=1)
+    """Tokenize on this many cores; by default all of them."""
+    shard_mb: float = Field(default=64.0, gt=0)
+    """Text per task and shard, in MB (10^6 bytes)."""
+    vocab_dir: str = ""
+    """Directory with GPT-2's `vocab.bpe` and `encoder.json`; by default they are looked up (docs/data.md)."""
+
+
+class ModelSection(Section):
+    """[model] a preset, or layers, heads and width."""
+
+    preset: Literal["", "tiny", "124M", "355M", "774M", "1558M"] = ""
+    """A published size of GPT-2, or `tiny`."""
+    n_layer: int | None = Field(default=None, ge=1)
+    """Transformer blocks."""
+    n_head: int | None = Field(default=None, ge=1)
+    """Attention heads; divides n_embd."""
+    n_embd: int | None = Field(default=None, ge=1)
+    """Width of the residual stream."""
+    n_positions: int | None = Field(default=None, ge=1)
+    """Rows of the position table; by default data.seq_len."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after the embeddings, in attention and on both residual branches."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> ModelSection:
+        shape = (self.n_layer, self.n_head, self.n_embd)
+        if self.preset and any(v is not None for v in shape):
+            raise ValueError("give preset, or n_layer, n_head and n_embd, not both")
+        if not self.preset and any(v is None for v in shape):
+            raise ValueError("give preset, or all of n_layer, n_head and n_embd")
+        if self.n_embd and self.n_head and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}")
+        return self
+
+
+class DataSection(Section):
+    """[data] which token shards, and how they are cut and shuffled."""
+
+    path: str = ""
+    """A prepared data set; by default prepare.output."""
+    seq_len: int = Field(default=1024, ge=1)
+    """Tokens a sequence (T); a sample holds T+1 ids."""
+    shuffle_window: int = Field(default=8, ge=1)
+    """Shards among which samples are shuffled at a time."""
+
+
+class BatchSection(Section):
+    """[batch] the global batch, independent of the number of workers."""
+
+    micro_sequences: int = Field(default=8, ge=1)
+    """Sequences of one micro-batch."""
+    micro_batches: int = Field(default=1, ge=1)
+    """M: micro-batches of a step, shared among the workers."""
+
+
+class TrainSection(Section):
+    """[train] how long and in which arithmetic."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Length of the run and of its schedules."""
+    stop_at: int | None = Field(default=None, ge=1)
+    """Stop here, saved, though the schedules go on to `steps`."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of forward and backward; master weights and Adam moments are always fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
+
+    @model_validator(mode="after")
+    def _known(self) -> TrainSection:
+        if self.stop_at is not None and self.stop_at > self.steps:
+            raise ValueError(f"stop_at = {self.stop_at} is after steps = {self.steps}")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("precision = fp16 needs zero_stage 1, 2 or 3, which carry the loss scale")
+        return self
+
+
+class OptimSection(Section):
+    """[optim] AdamW and its learning-rate schedule."""
+
+    lr: float = Field(default=6e-4, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=6e-5, ge=0)
+    """Learning rate at the end of a cosine schedule."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """Adam's β₁ and β₂."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's ε."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices and embeddings; never of biases and LayerNorm."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> OptimSection:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class EvalSection(Section):
+    """[eval] validation loss during training."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate after every n-th step and the last; 0 switches it off."""
+    batches: int = Field(default=8, ge=1)
+    """Micro-batches of the validation split that an evaluation reads, always the same ones."""
+
+
+class CheckpointSection(Section):
+    """[checkpoint] when to save and what to keep."""
+
+    every_steps: int = Field(default=100, ge=0)
+    """Save after every n-th step (and always at the end); 0: only by minutes."""
+    every_minutes: float = Field(default=0.0, ge=0)
+    """Save when this long has passed since the last one; 0 switches it off."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of every n-th step that are kept for ever; 0: none."""
+
+
+class ClusterSection(Section):
+    """[cluster] what the run asks Ray for."""
+
+    workers: int = Field(default=1, ge=1)
+    """Data-parallel workers (the world size)."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs that Ray reserves for a worker; also its threads."""
+    gpus_per_worker: float = Field(default=0, ge=0, le=1)
+    """1 trains on CUDA with NCCL, 0 on the CPU with gloo."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Restarts of the worker group after failures; -1 is without limit."""
+
+
+class RunConfig(Section):
+    """One run: every section of a run file."""
+
+    name: str
+    """Name of the run; its directory is storage/name."""
+    storage: str = "runs"
+    """Where runs are kept."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the sample order and dropout."""
+    prepare: PrepareSection = PrepareSection()
+    model: ModelSection
+    data: DataSection = DataSection()
+    batch: BatchSection = BatchSection()
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("use letters, digits, '.', '_' and '-' only")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        positions = self.model.n_positions
+        if positions is not None and self.data.seq_len > positions:
+            raise ValueError(f"data.seq_len = {self.data.seq_len} is longer than model.n_positions = {positions}")
+        if self.cluster.workers > self.batch.micro_batches:
+            raise ValueError(
+                f"cluster.workers = {self.cluster.workers} is more than batch.micro_batches = "
+                f"{self.batch.micro_batches}: a worker would never have a micro-batch to train on"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> str:
+        """Directory of the run: storage/name."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def data_path(self) -> str:
+        """Directory of the token shards."""
+        return self.data.path or self.prepare.output
+
+    @property
+    def stop_step(self) -> int:
+        """The step after which this invocation stops."""
+        return self.train.stop_at or self.train.steps
+
+    def absolute(self) -> RunConfig:
+        """The same run with absolute local paths, for processes with other working directories."""
+        prepare = self.prepare.model_copy(update={"output": _absolute(self.prepare.output)})
+        data = self.data.model_copy(update={"path": _absolute(self.data_path)})
+        return self.model_copy(update={"storage": _absolute(self.storage), "prepare": prepare, "data": data})
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one step, over all workers."""
+        return self.batch.micro_batches * self.batch.micro_sequences
+
+    def to_toml(self) -> str:
+        """The resolved configuration as a run file."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_run(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run file and apply ``section.key=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or not TOML, or a key is unknown, missing or of the wrong type.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"{path}: not valid TOML: {e}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    return parse_run(table, str(path))
+
+
+def parse_run(table: dict[str, Any], source: str) -> RunConfig:
+    """Validate a table; `source` names it in error messages. Raises `UserError`."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as e:
+        problems = e.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
+
+
+def _absolute(location: str) -> str:
+    return location if not location or "://" in location else str(Path(location).absolute())
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"--set {override}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {part} is not a section")
+    table[path[-1]] = value
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error: the key, what is wrong, the nearest valid name."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        section: Any = RunConfig
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+        where = f"in [{'.'.join(location[:-1])}]" if location[:-1] else "at the top level"
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"
+        return f"{key}: unknown key {where}{hint}"
+    if kind == "missing":
+        return f"{key}: required, but missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {json.dumps(problem['input'], default=str)}"

@@ -1,0 +1,161 @@
+"""Token shards and their manifest: what a prepared data set looks like on storage.
+
+    <data set>/
+        train-00000.npy …   1-D uint16 token ids, documents each ended by <|endoftext|>
+        val-00000.npy …
+        manifest.json       splits, shards with token counts and sha256; written last
+
+A split is the concatenation of its shards. Sample i is its tokens [i·T, (i+1)·T], T+1 ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+from upath import UPath
+
+from gpt2dist.config import Section, UserError
+from gpt2dist.storage import publish
+
+Split = Literal["train", "val"]
+MANIFEST = "manifest.json"
+TOKEN_DTYPE = np.dtype("<u2")
+
+
+class Shard(Section):
+    """One token file."""
+
+    file: str
+    """Name inside the data set's directory."""
+    tokens: int = Field(ge=1)
+    """Token ids in the file, <|endoftext|> included."""
+    documents: int = Field(ge=0)
+    """Documents that end in the file."""
+    bytes: int = Field(ge=1)
+    """Size of the file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the file."""
+
+
+class Manifest(Section):
+    """The description of a data set; the hash of its text is the data set's fingerprint."""
+
+    format: Literal["gpt2dist-tokens"] = "gpt2dist-tokens"
+    version: Literal[1] = 1
+    tokenizer: Literal["gpt2"] = "gpt2"
+    request: dict[str, Any]
+    """What was asked for: sources with their files, and the settings that shape the output."""
+    documents: dict[str, int]
+    """Documents read, kept and skipped."""
+    splits: dict[Split, list[Shard]]
+    """The shards of each split, in order."""
+
+    def to_bytes(self) -> bytes:
+        """The text of manifest.json."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that names the data set's exact content."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def tokens(self, split: Split) -> int:
+        """Tokens of a split."""
+        return sum(shard.tokens for shard in self.splits.get(split, []))
+
+
+def write_manifest(directory: UPath, manifest: Manifest) -> None:
+    """Publish the manifest: from now on the data set exists."""
+    publish(directory / MANIFEST, manifest.to_bytes())
+
+
+def read_manifest(location: str) -> Manifest:
+    """The manifest of the data set at `location`. Raises `UserError` where there is none, or not a valid one."""
+    path = UPath(location) / MANIFEST
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{location}: not a prepared data set (no {MANIFEST}); run: gpt2dist prepare") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as e:
+        problem = e.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{path}: not a valid manifest: {key}: {problem['msg']}") from None
+    for shards in manifest.splits.values():
+        for shard in shards:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", shard.file):
+                raise UserError(f"{path}: not a valid manifest: shard file {shard.file!r} is not a plain file name")
+    return manifest
+
+
+class TokenSplit:
+    """Random access to one split of a data set."""
+
+    def __init__(self, location: str, manifest: Manifest, split: Split) -> None:
+        self.location = location
+        self.split = split
+        self.shards = manifest.splits.get(split, [])
+        self.starts = np.cumsum([0, *(shard.tokens for shard in self.shards)], dtype=np.int64)
+        """Token offset of each shard in the split, and the total at the end: int64 [shards + 1]."""
+        self._open: dict[int, npt.NDArray[np.uint16]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the split."""
+        return int(self.starts[-1])
+
+    def num_samples(self, seq_len: int) -> int:
+        """Samples of `seq_len` + 1 ids, neighbours sharing one id."""
+        return max(0, (self.tokens - 1) // seq_len)
+
+    def samples(self, ids: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.uint16]:
+        """Token ids of samples `ids`: uint16 [len(ids), seq_len + 1]."""
+        out = np.empty((len(ids), seq_len + 1), dtype=np.uint16)
+        for row, i in zip(out, ids, strict=True):
+            self._read_into(row, int(i) * seq_len)
+        return out
+
+    def check_sizes(self) -> None:
+        """Raises `UserError` that names a shard which is missing or not as long as the manifest says."""
+        for shard in self.shards:
+            path = UPath(self.location) / shard.file
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                raise UserError(f"{path}: shard is missing") from None
+            if size != shard.bytes:
+                raise UserError(f"{path}: shard has {size:,} bytes, the manifest says {shard.bytes:,}")
+
+    def _read_into(self, row: npt.NDArray[np.uint16], start: int) -> None:
+        index = int(np.searchsorted(self.starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(row):  # a sample may run across shards
+            offset = start + filled - int(self.starts[index])
+            piece = self._shard(index)[offset : offset + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            index += 1
+
+    def _shard(self, index: int) -> npt.NDArray[np.uint16]:
+        if index not in self._open:
+            path = f"{self.location}/{self.shards[index].file}"
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.dtype != TOKEN_DTYPE or array.shape != (self.shards[index].tokens,):
+                raise UserError(f"{path}: holds {array.dtype} {array.shape}, the manifest says otherwise")
+            self._open[index] = array
+        return self._open[index]
+
+    @cached_property
+    def max_token(self) -> int:
+        """Largest token id of the split; reads all of it."""
+        return max(int(self._shard(i).max()) for i in range(len(self.shards)))

@@ -1,0 +1,1 @@
+"""GPT-2: architecture, initialization, generation."""

@@ -1,0 +1,204 @@
+"""GPT-2 in one file: architecture, presets, initialization, parameter and FLOP counts.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), and OpenAI's released code:
+a stack of pre-LayerNorm blocks, GELU (tanh form), learned positions, output head tied to the token embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2dist.config import RunConfig
+
+VOCAB_SIZE = 50257
+VOCAB_MULTIPLE = 128
+"""The embedding table is padded to a multiple of this: matrix units like round sizes."""
+
+# (n_layer, n_head, n_embd)
+PRESETS = {
+    "tiny": (2, 2, 64),
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Shape of one model."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    dropout: float = 0.0
+    vocab_size: int = VOCAB_SIZE
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @classmethod
+    def from_run(cls, run: RunConfig) -> GPT2Config:
+        """The shape that a run file asks for."""
+        m = run.model
+        if m.preset:
+            n_layer, n_head, n_embd = PRESETS[m.preset]
+        else:
+            n_layer, n_head, n_embd = m.n_layer or 0, m.n_head or 0, m.n_embd or 0  # config.py requires them
+        return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention: softmax(QKᵀ/√d_k)V (Vaswani et al. 2017, eq. 1)."""
+
+    def __init__(self, c: GPT2Config) -> None:
+        super().__init__()
+        self.n_head = c.n_head
+        self.dropout = c.dropout
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, result: [B, T, n_embd]."""
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        out: Tensor = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return out
+
+
+class MLP(nn.Module):
+    """Feed-forward: 4× wider, GELU in the tanh form of OpenAI's code (Hendrycks & Gimpel 2016)."""
+
+    def __init__(self, c: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, result: [B, T, n_embd]."""
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + mlp(LN(x))."""
+
+    def __init__(self, c: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(c.n_embd, eps=1e-5)
+        self.attn = Attention(c)
+        self.ln_2 = nn.LayerNorm(c.n_embd, eps=1e-5)
+        self.mlp = MLP(c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, result: [B, T, n_embd]."""
+        x = x + self.dropout(self.attn(self.ln_1(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
+        return out
+
+
+class Head(nn.Module):
+    """Logits by the tied embedding table; the padding rows answer -inf, so no softmax ever sees them."""
+
+    def __init__(self, c: GPT2Config, table: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = table.weight
+        bias = torch.zeros(c.padded_vocab_size)
+        bias[c.vocab_size :] = -torch.inf
+        self.register_buffer("padding", bias, persistent=False)
+        self.padding: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, n_embd]; result: [B, T, padded vocabulary]."""
+        return F.linear(x, self.weight, self.padding.to(x.dtype))
+
+
+class GPT2(nn.Module):
+    """The language model. Parameter names follow OpenAI's variables (wte, wpe, h.N.attn.c_attn, …)."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        c = self.config = config
+        self.wte = nn.Embedding(c.padded_vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        self.dropout = nn.Dropout(c.dropout)
+        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)
+        self.head = Head(c, self.wte)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.dropout(self.wte(ids) + self.wpe(positions))
+        for block in self.h:
+            x = block(x)
+        out: Tensor = self.head(self.ln_f(x))
+        return out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of each token given those before it.
+
+        tokens: int64 [B, T+1]; result: scalar fp32, −1/(B·T) Σ log P(w_i | w_<i).
+        """
+        logits = self.logits(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: GPT2Config, seed: int) -> Tensor:
+    """Initial fp32 values of one parameter, as in OpenAI's code; they depend on (seed, name, shape) alone.
+
+    N(0, 0.02) for matrices and token embeddings, N(0, 0.01) for positions, residual projections scaled by
+    1/√(2·n_layer), zero biases, unit LayerNorm; the padding rows of the embedding table are zero.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = 0.01 if name == "wpe.weight" else 0.02
+    if name.endswith("c_proj.weight"):
+        std /= math.sqrt(2 * config.n_layer)
+    digest = hashlib.sha256(f"init/{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if name == "wte.weight":
+        value[config.vocab_size :] = 0.0
+    return value
+
+
+def build(config: GPT2Config, seed: int) -> GPT2:
+    """A new model with initial weights, fp32 on the CPU."""
+    model = GPT2(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_value(name, tuple(p.shape), config, seed))
+    return model
+
+
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every parameter, without allocating any."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT2(config).named_parameters()}
+
+
+def count_parameters(config: GPT2Config, *, published: bool = True) -> int:
+    """Number of parameters; `published` leaves out the padding rows of the embedding table."""
+    total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    return total - (config.padded_vocab_size - config.vocab_size) * config.n_embd if published else total
+
+
+def flops_per_token(config: GPT2Config, seq_len: int) -> int:
+    """Training FLOPs a token: 6·N + 12·L·C·T, N without the position table (Chowdhery et al. 2022, app. B)."""
+    n = count_parameters(config) - config.n_positions * config.n_embd
+    return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

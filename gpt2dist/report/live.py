@@ -1,0 +1,112 @@
+"""Progress on the terminal, read from the run directory: one live line, or on a pipe a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gpt2dist.config import RunConfig
+from gpt2dist.train import rundir
+
+POLL_S = 0.25
+PIPE_INTERVAL_S = 20.0
+
+
+def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: float) -> None:
+    """Show a run's progress until `done()`; `since`: Unix time, older events are not news."""
+    view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
+    with view:
+        finished = False
+        while not finished:
+            finished = done()  # asked first, so that what was written last is still shown
+            for event in rundir.events_log(run.run_dir).tail():
+                if event["time"] > since:
+                    since = event["time"]
+                    if text := describe(event):
+                        view.say(text)
+            if (metrics := rundir.metrics_log(run.run_dir).tail(4096)) and view.started:
+                view.show(metrics[-1])
+            if not finished:
+                time.sleep(POLL_S)
+
+
+def describe(event: dict[str, Any]) -> str | None:
+    """An event in words; None for those that a person need not see."""
+    kind = event["event"]
+    if kind == "start":
+        redone = f", {event['redone_steps']} steps to redo" if event["redone_steps"] else ""
+        where = f"from step {event['step']}" if event["step"] else "from the start"
+        return f"attempt {event['attempt']}: {event['world_size']} workers, {where}{redone}"
+    if kind == "failure":
+        return f"failed: {event['cause']}"
+    if kind == "bad_checkpoint":
+        return f"checkpoint of step {event['step']} is damaged and left out: {event['reason']}"
+    if kind == "eval":
+        return f"validation loss before training: {event['val_loss']:.4f}"
+    return None
+
+
+def _line(metrics: dict[str, Any], steps: int) -> str:
+    loss = f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_s']:,.0f} tok/s"
+    val = f"  val {metrics['val_loss']:.4f}" if "val_loss" in metrics else ""
+    return f"step {metrics['step'] + 1}/{steps}  {loss}{val}"
+
+
+class _LiveLine:
+    def __init__(self, run: RunConfig, console: Console) -> None:
+        self.steps, self.started = run.stop_step, False
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console)
+        self.task = self.progress.add_task("starting Ray and the workers", total=self.steps)
+        self.val = ""
+
+    def __enter__(self) -> None:
+        self.progress.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.started |= text.startswith("attempt")
+        self.progress.console.print(text)
+
+    def show(self, m: dict[str, Any]) -> None:
+        if "val_loss" in m:
+            self.val = f"  val {m['val_loss']:.4f}"
+        text = f"loss {m['loss']:.4f}{self.val}  lr {m['lr']:.2e}  {m['tokens_per_s']:,.0f} tok/s"
+        self.progress.update(self.task, completed=m["step"] + 1, description=text)
+
+
+class _Lines:
+    def __init__(self, run: RunConfig, console: Console) -> None:
+        self.steps, self.console, self.started = run.stop_step, console, False
+        self.shown, self.first, self.last = -1, (0, 0.0), 0.0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self.started |= text.startswith("attempt")
+        self.shown = -1
+        self.console.print(text)
+
+    def show(self, m: dict[str, Any]) -> None:
+        step, now = m["step"], time.monotonic()
+        if step == self.shown:
+            return
+        if self.shown < 0:
+            self.first = (step, now)
+        elif "val_loss" not in m and step + 1 < self.steps and now - self.last < PIPE_INTERVAL_S:
+            return
+        done, seconds = step - self.first[0], now - self.first[1]
+        left = seconds / done * (self.steps - step - 1) if done else 0.0
+        eta = f"  ETA {int(left) // 60}:{int(left) % 60:02d}" if left else ""
+        self.console.print(_line(m, self.steps) + eta)
+        self.shown, self.last = step, now

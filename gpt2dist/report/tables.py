@@ -1,0 +1,90 @@
+"""Tables that commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.shards import Manifest
+from gpt2dist.train import checkpoint, rundir
+
+
+def size(number: float) -> str:
+    """Bytes in powers of ten: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
+    """A two-column table."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+def prepared(console: Console, manifest: Manifest, location: str) -> None:
+    """What `prepare` made."""
+    counts = manifest.documents
+    rows = {"documents": f"{counts['kept']:,} kept, {counts['skipped']:,} skipped"}
+    for split, shards in manifest.splits.items():
+        tokens = sum(s.tokens for s in shards)
+        rows[split] = f"{tokens:,} tokens in {len(shards)} shards ({size(sum(s.bytes for s in shards))})"
+    rows["fingerprint"] = manifest.fingerprint[:16]
+    pairs(console, f"data set {location}", rows)
+
+
+def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory: Mapping[str, int]) -> None:
+    """The resolved config, the batch arithmetic, and the memory of each part."""
+    console.print(run.to_toml(), markup=False)
+    m, world, gas = numbers["micro_batches"], numbers["workers"], numbers["accumulation_steps"]
+    padding = numbers["padding_micro_batches"]
+    pairs(
+        console,
+        "computed",
+        {
+            "parameters": f"{numbers['parameters']:,} (+ {numbers['parameters_padded'] - numbers['parameters']:,} "
+            "of vocabulary padding)",
+            "FLOPs per token": f"{numbers['flops_per_token']:,}",
+            "a step": f"{m} micro-batches × {run.batch.micro_sequences} sequences × {run.data.seq_len} tokens = "
+            f"{numbers['tokens_per_step']:,} tokens",
+            "a worker": f"{gas} micro-batches a step on each of {world}" + (f", {padding} padding" if padding else ""),
+            "the run": f"{run.train.steps:,} steps, {numbers['tokens']:,} tokens, {numbers['flops']:.3g} FLOPs",
+            "a checkpoint": size(numbers["checkpoint_bytes"]),
+        },
+    )
+    total = {"total": sum(memory.values())}
+    pairs(
+        console,
+        f"memory of one worker, ZeRO-{run.train.zero_stage}, {run.train.precision} (computed)",
+        {name: size(value) for name, value in {**memory, **total}.items()},
+    )
+
+
+def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:
+    """The end of a run: losses, where the checkpoint is, how to go on."""
+    metrics = rundir.metrics_log(run.run_dir).read()
+    rows: dict[str, str] = {}
+    if metrics:
+        rows["training loss"] = f"{metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f}"
+    before = [e["val_loss"] for e in rundir.events_log(run.run_dir).read() if e["event"] == "eval"]
+    if values := before[-1:] + [m["val_loss"] for m in metrics if "val_loss" in m]:
+        rows["validation loss"] = f"{values[0]:.4f} → {values[-1]:.4f}"
+    newest = checkpoint.newest(run.run_dir)
+    step = newest.index.step if newest else 0
+    rows["steps"] = f"{step:,} of {run.train.steps:,}; this command took {int(seconds) // 60}:{int(seconds) % 60:02d}"
+    if newest:
+        rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
+    if step < run.train.steps:
+        stop_at = " --set train.stop_at=STEP" if run.train.stop_at and step >= run.train.stop_at else ""
+        rows["to go on"] = f"gpt2dist train {run_file}{stop_at}"
+    else:
+        rows["to go on"] = f'gpt2dist generate {run.run_dir} --prompt "import "'
+    pairs(console, "", rows)

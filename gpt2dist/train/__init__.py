@@ -1,0 +1,1 @@
+"""Training: engine, loop, checkpoints, ledger, and their start on Ray Train."""

@@ -1,0 +1,303 @@
+"""Checkpoints: safetensors fragments, an index written last, no pickle.
+
+    <run dir>/checkpoints/step-00000100/
+        rank-00000.safetensors …   1-D fp32 pieces that the rank owned: weight, exp_avg, exp_avg_sq
+        index.json                 step, position, config, parameter table, fragments, hash of every file
+
+A directory without a valid index does not exist. Loading copies the overlap of saved and wanted fragments, so
+world size and ZeRO stage may differ from those that saved. Reading needs no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import Field, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+from upath import UPath
+
+from gpt2dist.config import Section, UserError
+from gpt2dist.storage import publish, remove_tree, sha256_of
+from gpt2dist.train.fragment import KINDS, Fragment
+
+INDEX = "index.json"
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+
+
+class SavedFragment(Section):
+    """One piece of a flattened parameter, [start, start + length), and the file that holds it."""
+
+    parameter: str
+    kind: Kind
+    start: int = Field(ge=0)
+    length: int = Field(ge=1)
+    file: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor inside the file."""
+        return fragment_key(self.parameter, self.kind, self.start)
+
+
+class SavedFile(Section):
+    """Size and hash of one file."""
+
+    file: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Index(Section):
+    """index.json: everything about a checkpoint but the numbers."""
+
+    format: Literal["gpt2dist-checkpoint"] = "gpt2dist-checkpoint"
+    version: Literal[1] = 1
+    step: int = Field(ge=0)
+    """Steps done; training goes on with this step."""
+    position: int = Field(ge=0)
+    """Samples consumed."""
+    data_fingerprint: str
+    config: dict[str, Any]
+    """The run's resolved configuration."""
+    world_size: int = Field(ge=1)
+    zero_stage: int
+    attempt: int
+    scalars: dict[str, float]
+    """Adam's step count and the fp16 loss scale."""
+    parameters: dict[str, list[int]]
+    """Name → shape."""
+    fragments: list[SavedFragment]
+    files: list[SavedFile]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: UPath
+    index: Index
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files but the index."""
+        return sum(f.bytes for f in self.index.files)
+
+
+class BadCheckpoint(Exception):
+    """A committed checkpoint that is damaged; the message names the file and what is wrong."""
+
+
+def fragment_key(parameter: str, kind: str, start: int) -> str:
+    """Name of a fragment's tensor inside its file."""
+    return f"{parameter}|{kind}|{start}"
+
+
+def step_directory(run_dir: str, step: int) -> UPath:
+    """Where the checkpoint of `step` lies."""
+    return UPath(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write_rank(directory: UPath, rank: int, fragments: Iterable[Fragment]) -> tuple[SavedFile, list[SavedFragment]]:
+    """Write one rank's file; returns its description for the index."""
+    name = f"rank-{rank:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    table: list[SavedFragment] = []
+    for f in fragments:
+        tensors[fragment_key(f.parameter, f.kind, f.start)] = f.tensor.detach().cpu().contiguous()
+        saved = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": f.tensor.numel(), "file": name}
+        table.append(SavedFragment.model_validate(saved))
+    data = safetensors.torch.save(tensors)
+    publish(directory / name, data)
+    return SavedFile(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), table
+
+
+def commit(directory: UPath, index: Index) -> None:
+    """Publish the index: from now on the checkpoint exists. Raises `BadCheckpoint` on missing pieces."""
+    check_coverage(index)
+    publish(directory / INDEX, (index.model_dump_json(indent=1) + "\n").encode())
+
+
+def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
+    """Delete all but the newest `keep` checkpoints and every `keep_every`-th step; returns the deleted steps.
+
+    Directories without an index are what dead attempts left; those older than the newest checkpoint go too.
+    """
+    committed = sorted(step for step, path in _directories(run_dir) if (path / INDEX).exists())
+    kept = set(committed[-keep:]) | {s for s in committed if keep_every and s % keep_every == 0}
+    gone = [(s, path) for s, path in _directories(run_dir) if committed and s < committed[-1] and s not in kept]
+    for _, path in gone:
+        if (path / INDEX).exists():
+            (path / INDEX).unlink()  # first it stops to exist, then its files go
+        remove_tree(path)
+    return [s for s, _ in gone]
+
+
+# ---------------------------------------------------------------------- finding and checking
+
+
+def committed(run_dir: str) -> Iterator[Checkpoint | BadCheckpoint]:
+    """All checkpoints with an index, newest first; an unreadable index comes as `BadCheckpoint`."""
+    for _, path in sorted(_directories(run_dir), reverse=True):
+        if not (path / INDEX).exists():
+            continue
+        try:
+            yield Checkpoint(path, read_index(path))
+        except BadCheckpoint as e:
+            yield e
+
+
+def newest(run_dir: str) -> Checkpoint | None:
+    """The newest checkpoint with a readable index and files of the right size; hashes are not computed."""
+    for checkpoint in committed(run_dir):
+        if isinstance(checkpoint, Checkpoint):
+            with contextlib.suppress(BadCheckpoint):
+                check_sizes(checkpoint)
+                return checkpoint
+    return None
+
+
+def read_index(path: UPath) -> Index:
+    """The checked index of a checkpoint directory. Raises `BadCheckpoint`."""
+    try:
+        index = Index.model_validate_json((path / INDEX).read_bytes())
+    except (ValidationError, OSError, ValueError) as e:
+        reason = e.errors(include_url=False)[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        raise BadCheckpoint(f"{path / INDEX}: not a valid index: {reason}") from None
+    check_coverage(index)
+    return index
+
+
+def check_coverage(index: Index) -> None:
+    """Every element of every parameter in exactly one fragment of each kind. Raises `BadCheckpoint`."""
+    spans: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
+    files = {f.file for f in index.files}
+    for f in index.fragments:
+        if f.parameter not in index.parameters:
+            raise BadCheckpoint(f"step {index.step}: fragment of an unknown parameter {f.parameter}")
+        if f.file not in files:
+            raise BadCheckpoint(f"step {index.step}: fragment in an unlisted file {f.file}")
+        spans[f.parameter, f.kind].append(f)
+    for name, shape in index.parameters.items():
+        for kind in KINDS:
+            end = 0
+            for f in sorted(spans[name, kind], key=lambda f: f.start):
+                if f.start != end:
+                    raise BadCheckpoint(f"step {index.step}: {name} {kind}: missing or repeated at {end}")
+                end += f.length
+            if end != math.prod(shape):
+                raise BadCheckpoint(f"step {index.step}: {name} {kind}: {end} of {math.prod(shape)} elements")
+
+
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """Every file there, at its size. Raises `BadCheckpoint`."""
+    for f in checkpoint.index.files:
+        path = checkpoint.path / f.file
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise BadCheckpoint(f"{path}: missing") from None
+        if size != f.bytes:
+            raise BadCheckpoint(f"{path}: {size:,} bytes, the index says {f.bytes:,}")
+
+
+def verify(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> None:
+    """Sizes of all files, hashes of every `shares`-th one from `share` on. Raises `BadCheckpoint`."""
+    check_sizes(checkpoint)
+    for f in checkpoint.index.files[share::shares]:
+        if sha256_of(checkpoint.path / f.file) != f.sha256:
+            raise BadCheckpoint(f"{checkpoint.path / f.file}: content differs from its sha256")
+
+
+def check_fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    """Raises `UserError` where the checkpoint's parameters are not those of the model."""
+    saved = {name: tuple(shape) for name, shape in checkpoint.index.parameters.items()}
+    for name in [*shapes, *saved]:
+        if saved.get(name) != shapes.get(name):
+            has = f"shape {list(saved[name])}" if name in saved else "no such parameter"
+            wants = f"shape {list(shapes[name])}" if name in shapes else "no such parameter"
+            raise UserError(
+                f"{source}: model: does not fit the checkpoint {checkpoint.path}: {name}: saved {has}, "
+                f"the model has {wants}; choose another name or the model it was saved with"
+            )
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
+    """Fill fragments from a checkpoint, reading only the slices that overlap them."""
+    saved: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
+    for f in checkpoint.index.fragments:
+        saved[f.parameter, f.kind].append(f)
+    with contextlib.ExitStack() as stack:
+        files = _Files(checkpoint.path, stack)
+        for want in wanted:
+            end = want.start + want.tensor.numel()
+            for have in saved[want.parameter, want.kind]:
+                low, high = max(want.start, have.start), min(end, have.start + have.length)
+                if low < high:
+                    piece = files[have.file].get_slice(have.key)[low - have.start : high - have.start]
+                    want.tensor[low - want.start : high - want.start].copy_(piece)
+
+
+def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The whole fp32 weights, name → tensor, on the CPU."""
+    weights = {name: torch.empty(math.prod(shape)) for name, shape in checkpoint.index.parameters.items()}
+    load(checkpoint, [Fragment(name, "weight", 0, tensor) for name, tensor in weights.items()])
+    return {name: t.view(checkpoint.index.parameters[name]) for name, t in weights.items()}
+
+
+class _Files:
+    """Open safetensors files by name."""
+
+    def __init__(self, directory: UPath, stack: contextlib.ExitStack) -> None:
+        self.directory, self.stack = directory, stack
+        self.open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.open:
+            self.open[name] = self.stack.enter_context(safe_open(str(self.directory / name), framework="pt"))
+        return self.open[name]
+
+
+def _directories(run_dir: str) -> list[tuple[int, UPath]]:
+    root = UPath(run_dir) / "checkpoints"
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in root.iterdir():
+            if match := re.fullmatch(r"step-(\d{8,})", path.name):
+                found.append((int(match[1]), path))
+    return found
+
+
+def describe(checkpoint: Checkpoint | BadCheckpoint, run_dir: str) -> dict[str, Any]:
+    """One row of `checkpoint ls --json`."""
+    if isinstance(checkpoint, BadCheckpoint):
+        return {"step": None, "path": run_dir, "valid": False, "reason": str(checkpoint)}
+    try:
+        check_sizes(checkpoint)
+        reason = None
+    except BadCheckpoint as e:
+        reason = str(e)
+    row = {
+        "step": checkpoint.index.step,
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.bytes,
+        "world_size": checkpoint.index.world_size,
+        "zero_stage": checkpoint.index.zero_stage,
+        "valid": reason is None,
+    }
+    return row if reason is None else row | {"reason": reason}

@@ -1,0 +1,343 @@
+"""The engine: one model under DeepSpeed ZeRO, seen as forward_backward, step, and fp32 fragments.
+
+This is the only module that imports deepspeed, and the only one that knows its internals (pinned in
+constraints.txt; tests/distributed fails when an upgrade moves them).
+
+Why not `engine.save_checkpoint`: its files are pickles and bind the run to its world size and stage. A
+*fragment* is what ZeRO really gives a rank: a contiguous piece of one flattened parameter, as fp32 master
+weight, exp_avg or exp_avg_sq. Saving and loading fragments works for every stage and world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.order import accumulation_steps
+from gpt2dist.model import gpt2
+from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.optim import adamw
+from gpt2dist.train.peak import DTYPES
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the optimizer step reports."""
+
+    grad_norm: float
+    """2-norm of the global gradient before clipping; inf or nan where the step was skipped."""
+    applied: bool
+    """False where non-finite gradients made DeepSpeed skip the update."""
+
+
+class _CastForward(nn.Module):
+    """Runs a fp32 module in bf16 by casting its parameters in every forward.
+
+    Stage 0 in bf16 goes this way: DeepSpeed's own wrapper for it takes a hidden optimizer step at start-up
+    and follows another loss curve than stages 1-3 do. Gradients flow back through the cast into fp32.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        cast = {f"module.{name}": p.to(self.dtype) for name, p in self.module.named_parameters()}
+        cast["module.head.weight"] = cast["module.wte.weight"]
+        out: Tensor = torch.func.functional_call(_Call(self.module), cast, (tokens,), tie_weights=False)
+        return out
+
+
+class _Call(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.module(tokens)
+        return out
+
+
+class Engine:
+    """A GPT-2, its optimizer and its place among the ranks. torch.distributed must be initialized."""
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+        self.stage = run.train.zero_stage
+        self.clip = run.optim.grad_clip
+        self.model_config = gpt2.GPT2Config.from_run(run)
+        self.control = dist.new_group(backend="gloo")  # small CPU collectives, whatever the backend is
+        self.gas = accumulation_steps(run.batch.micro_batches, self.world_size)
+        # Gradients are averaged over gas × world slots, of which M hold real micro-batches.
+        self._weight = self.gas * self.world_size / run.batch.micro_batches
+
+        model = gpt2.build(self.model_config, run.seed).to(device)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        optimizer = adamw(model, run.optim)
+        cast = self.stage == 0 and run.train.precision != "fp32"
+        wrapped = _CastForward(model, DTYPES[run.train.precision]) if cast else model
+        deepspeed.init_distributed(dist_init_required=False)
+        self.ds: Any = deepspeed.initialize(
+            model=wrapped,
+            optimizer=optimizer,
+            config=_deepspeed_config(run, self.world_size, self.gas),
+            dist_init_required=False,
+        )[0]
+        self._zero: Any = self.ds.optimizer
+        self._create_optimizer_state()
+        self._restore_fp32_initial_weights(run.seed)
+
+    # ------------------------------------------------------------------ training
+
+    def forward_backward(self, tokens: Tensor, *, padding: bool) -> Tensor:
+        """Mean loss of one micro-batch, its gradient accumulated.
+
+        tokens: int64 [micro, T+1]; result: fp32 scalar, detached, without gradient scaling. A padding
+        micro-batch weighs nothing: it keeps the ranks' collectives in step where M does not divide.
+        """
+        loss: Tensor = self.ds(tokens)
+        self.ds.backward(loss * (0.0 if padding else self._weight))
+        at_boundary = self.ds.is_gradient_accumulation_boundary()
+        if not at_boundary:
+            self.ds.step()  # only counts the micro-batch
+        return loss.detach().float()
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update the weights, clear the gradients. Call after the last micro-batch of a step."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:  # DeepSpeed reports no norm here, and would skip nothing
+            return self._step_replicated()
+        self.ds.step()
+        norm = float(self.ds.get_global_grad_norm())
+        return StepResult(norm, applied=bool(self.ds.was_step_applied()))
+
+    def _step_replicated(self) -> StepResult:
+        parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
+        # In fp64: torch's fp32 norm of millions of elements is off by 1e-4 on the CPU.
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for p in parameters:
+                p.grad = None
+        elif self.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm.float())
+        self.ds.step()
+        return StepResult(float(norm), applied)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor) -> Tensor:
+        """Mean loss of one micro-batch, dropout off; a collective at stage 3. tokens: int64 [micro, T+1]."""
+        self.ds.eval()
+        loss: Tensor = self.ds(tokens)
+        self.ds.train()
+        return loss.float()
+
+    # ------------------------------------------------------------------ state
+
+    def fragments(self, *, owned: bool) -> Iterator[Fragment]:
+        """The fp32 state that this rank holds, as views.
+
+        After writing to them, call `state_changed`.
+
+        With `owned`, every element of the model is in exactly one rank's fragments (what to save); without,
+        all that this rank needs to hold (what to load). They differ at stage 0 only, where all hold all.
+        """
+        if self.stage == 0:
+            yield from self._replicated(owned)
+        elif self.stage == 3:
+            yield from self._partitioned()
+        else:
+            yield from self._flat()
+
+    def scalars(self) -> dict[str, float]:
+        """State beside the fragments: Adam's step count and, in fp16, the loss scale."""
+        result = {"optimizer_steps": float(next(iter(self._optimizer_states()))["step"])}
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            result |= {f"loss_scale.{key}": float(getattr(scaler, key)) for key in _SCALER_STATE}
+        return result
+
+    def load_scalars(self, values: dict[str, float]) -> None:
+        """Take over what `scalars` returned."""
+        for state in self._optimizer_states():
+            state["step"].fill_(values["optimizer_steps"])
+        scaler = self._loss_scaler()
+        if scaler is not None and "loss_scale.cur_scale" in values:
+            for key, kind in _SCALER_STATE.items():
+                setattr(scaler, key, kind(values[f"loss_scale.{key}"]))
+
+    @torch.no_grad()
+    def state_changed(self) -> None:
+        """Recompute the working weights after fragments were written; a collective."""
+        zero = self._zero
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            for flat16, flat32, params in zip(
+                zero.fp16_partitioned_groups_flat,
+                zero.fp32_partitioned_groups_flat,
+                zero.fp16_partitioned_groups,
+                strict=True,
+            ):
+                if flat16.data_ptr() != flat32.data_ptr():  # one tensor in fp32
+                    flat16.data.copy_(flat32.data)
+                for p, view in zip(params, zero.unflatten(flat16, params), strict=True):
+                    p.data = view.data
+            if zero.persistent_parameters:  # small ones are kept whole on every rank
+                persistent = zero.persistent_parameters
+                persistent[0].partition(persistent, has_been_updated=False)
+                persistent[0].all_gather(persistent)
+
+    # ------------------------------------------------------------------ between ranks
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Element-wise sum in fp64. Exact where all but one rank contribute 0."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return list(tensor.tolist())
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Stack every rank's `rows` (same shape on all, CPU): [world, *rows.shape]."""
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous(), group=self.control)
+        return torch.stack(parts)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's `item`, in order of rank."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        """Take DeepSpeed down in order; without it a finished process now and then dies at exit."""
+        self.ds.destroy()
+
+    # ------------------------------------------------------------------ DeepSpeed's internals
+
+    def _optimizer_states(self) -> Iterator[dict[str, Tensor]]:
+        state = self._torch_optimizer().state
+        for master in self._masters():
+            yield state[master]
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that the torch optimizer steps on this rank."""
+        if self.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return [p for group in self._torch_optimizer().param_groups for p in group["params"]]
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
+        return optimizer
+
+    def _loss_scaler(self) -> Any:
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return scaler if scaler is not None and getattr(scaler, "dynamic", False) else None
+
+    def _create_optimizer_state(self) -> None:
+        """AdamW makes its state in its first step; a checkpoint has to be loaded before that."""
+        state = self._torch_optimizer().state
+        for p in self._masters():
+            if "exp_avg" not in state[p]:
+                state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p.detach()),
+                    "exp_avg_sq": torch.zeros_like(p.detach()),
+                }
+            else:  # stage 3 has made it with an empty step
+                state[p]["step"].zero_()
+
+    @torch.no_grad()
+    def _restore_fp32_initial_weights(self, seed: int) -> None:
+        """DeepSpeed copies its master weights from the 16-bit ones; give them back their fp32 values."""
+        shapes = gpt2.parameter_shapes(self.model_config)
+        cached = ("", torch.empty(0))
+        for f in self.fragments(owned=False):
+            if f.kind != "weight":
+                continue
+            if cached[0] != f.parameter:
+                value = gpt2.initial_value(f.parameter, shapes[f.parameter], self.model_config, seed)
+                cached = (f.parameter, value.flatten())
+            f.tensor.copy_(cached[1][f.start : f.start + f.tensor.numel()])
+        self.state_changed()
+
+    def _kinds(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
+        state = self._torch_optimizer().state[master]
+        yield "weight", master.detach()
+        for kind in KINDS[1:]:
+            yield kind, state[kind]
+
+    def _replicated(self, owned: bool) -> Iterator[Fragment]:
+        for group in self._torch_optimizer().param_groups:
+            for p in group["params"]:
+                share = -(-p.numel() // self.world_size)
+                start = min(self.rank * share, p.numel()) if owned else 0
+                length = min(share, p.numel() - start) if owned else p.numel()
+                if length:
+                    for kind, tensor in self._kinds(p):
+                        view = tensor.view(-1).narrow(0, start, length)
+                        yield Fragment(self._names[id(p)], kind, start, view)
+
+    def _flat(self) -> Iterator[Fragment]:
+        """Stages 1 and 2: each group is one flat fp32 tensor, this rank holding a slice of it."""
+        zero = self._zero
+        for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for p in params:
+                mapping = p._hp_mapping
+                if mapping is None:  # not in this rank's slice
+                    continue
+                source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                for kind, tensor in self._kinds(flat):
+                    view = tensor.narrow(0, place.start, place.numel)
+                    yield Fragment(self._names[id(p)], kind, source.start, view)
+
+    def _partitioned(self) -> Iterator[Fragment]:
+        """Stage 3: every parameter is cut into equal pieces, one a rank, the last ones padded."""
+        zero = self._zero
+        for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for p in params:
+                piece = p.partition_numel()
+                start = self.rank * piece
+                length = max(0, min(piece, p.ds_numel - start))
+                if length:
+                    for kind, tensor in self._kinds(flat):
+                        yield Fragment(self._names[id(p)], kind, start, tensor.narrow(0, offset, length))
+                offset += piece
+
+
+_SCALER_STATE = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
+
+
+def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, Any]:
+    """Our typed config in DeepSpeed's words. Gradients are accumulated and summed in fp32."""
+    stage, precision, micro = run.train.zero_stage, run.train.precision, run.batch.micro_sequences
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": gas,
+        "train_batch_size": micro * gas * world_size,
+        "bf16": {"enabled": precision == "bf16" and stage > 0},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

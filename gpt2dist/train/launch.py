@@ -1,0 +1,219 @@
+"""From a run file to a running Ray Train job: checks, lock, start, stop, and the cause of a failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import filelock
+import ray
+import ray.train
+from ray.train import FailureConfig, ScalingConfig, UserCallback
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from upath import UPath
+
+from gpt2dist.config import RunConfig, UserError
+from gpt2dist.data.shards import TokenSplit, read_manifest
+from gpt2dist.data.stream import ExactStream, placeholder
+from gpt2dist.model import gpt2
+from gpt2dist.storage import check_writable, is_local, publish, remove_tree
+from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train.worker import DATASET, WorkerFailed, train_worker
+
+
+class TrainingFailed(Exception):
+    """A run that ended before its time; the message is the cause, in one line."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before anything starts."""
+
+    resume_step: int
+    """Step at which training goes on; 0 for a new run."""
+    finished: bool
+    """Nothing is left to do."""
+
+
+def preflight(run: RunConfig, source: str) -> Preflight:
+    """Check all that can be checked without a cluster; `source` names the run file in messages.
+
+    Raises:
+        UserError: data set missing, damaged or too short, storage not writable, or a checkpoint that does not fit.
+    """
+    if not run.data_path:
+        raise UserError(f"{source}: data.path: required, but missing (or set prepare.output)")
+    manifest = read_manifest(run.data_path)
+    train = TokenSplit(run.data_path, manifest, "train")
+    val = TokenSplit(run.data_path, manifest, "val")
+    train.check_sizes()
+    val.check_sizes()
+    seq_len, micro = run.data.seq_len, run.batch.micro_sequences
+    if train.tokens == 0:
+        raise UserError(f"{run.data_path}: the data set is empty")
+    if train.num_samples(seq_len) < run.global_batch:
+        raise UserError(
+            f"{run.data_path}: {train.num_samples(seq_len):,} samples of data.seq_len = {seq_len} are less than one "
+            f"global batch of {run.global_batch:,} (batch.micro_batches × batch.micro_sequences)"
+        )
+    if run.eval.every_steps and val.num_samples(seq_len) < micro:
+        raise UserError(
+            f"{run.data_path}: the validation split has {val.num_samples(seq_len)} samples, less than one micro-batch "
+            f"of {micro}; raise prepare.val_fraction or set eval.every_steps = 0"
+        )
+    check_writable(run.run_dir)
+    found = checkpoint.newest(run.run_dir)
+    if found is None:
+        return Preflight(0, finished=False)
+    checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
+    if found.index.data_fingerprint != manifest.fingerprint:
+        raise UserError(
+            f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
+            f"{run.data_path} is {manifest.fingerprint[:16]}"
+        )
+    _check_same_order(run, found.index.config, source)
+    return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
+
+
+def _check_same_order(run: RunConfig, saved: dict[str, Any], source: str) -> None:
+    """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
+    now = run.model_dump(mode="json")
+    for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
+        before, after = (_get(table, key) for table in (saved, now))
+        if before != after:
+            raise UserError(
+                f"{source}: {key} = {after}, but the run was started with {before}: other samples would follow; "
+                "choose another name for a new run"
+            )
+
+
+def _get(table: dict[str, Any], key: str) -> Any:
+    value: Any = table
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def acquire_lock(run: RunConfig) -> filelock.BaseFileLock | None:
+    """Keep a second driver off a run directory on a file system; the lock goes when the process does."""
+    if not is_local(UPath(run.run_dir)):
+        return None
+    lock = filelock.FileLock(f"{run.run_dir}/.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{run.run_dir}: another process is training this run") from None
+    return lock
+
+
+class TrainJob:
+    """A run in progress. Ray must be initialized; training goes on in a thread of this process."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run.absolute()
+        directory = UPath(self.run.run_dir)
+        (directory / rundir.STOP_FILE).unlink(missing_ok=True)
+        publish(directory / "config.toml", self.run.to_toml().encode())
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether the run has ended."""
+        return not self._thread.is_alive()
+
+    def request_stop(self) -> None:
+        """Save after the current step, and end."""
+        publish(UPath(self.run.run_dir) / rundir.STOP_FILE, b"")
+
+    def check(self) -> None:
+        """After the end: raises `TrainingFailed` with the cause if there was a failure."""
+        if isinstance(self._error, ray.train.WorkerGroupError):
+            raise TrainingFailed(first_cause(self._error.worker_failures)) from self._error
+        if isinstance(self._error, ray.train.ControllerError):
+            raise TrainingFailed(str(self._error.controller_failure)) from self._error
+        if self._error is not None:
+            raise TrainingFailed(f"{type(self._error).__name__}: {self._error}") from self._error
+
+    def _fit(self) -> None:
+        run = self.run
+        # Ray's own bookkeeping is used once and thrown away: resuming is ours.
+        scratch = UPath(run.run_dir) / "ray"
+        remove_tree(scratch)
+        gpus = run.cluster.gpus_per_worker
+        resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"run": run.model_dump_json()},
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=run.cluster.workers, use_gpu=gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RayRunConfig(
+                name=f"fit-{uuid.uuid4().hex[:8]}",
+                storage_path=str(scratch),
+                failure_config=FailureConfig(max_failures=run.cluster.max_failures),
+                callbacks=[FailureLog(run.run_dir)],
+            ),
+            datasets={DATASET: placeholder},
+            dataset_config=ExactStream(run, StartStep(run.run_dir)),
+        )
+        try:
+            trainer.fit()
+        except BaseException as e:  # handed to the main thread by check()
+            self._error = e
+        finally:
+            remove_tree(scratch)
+
+
+class StartStep:
+    """The step at which the newest attempt starts, as its rank 0 has logged it."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def __call__(self) -> int:
+        """Reads events.jsonl."""
+        return int([e for e in rundir.events_log(self.run_dir).read() if e["event"] == "start"][-1]["step"])
+
+
+class FailureLog(UserCallback):  # type: ignore[misc]
+    """Writes each failure of the worker group to events.jsonl, from Ray Train's controller."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train calls this before it decides whether to restart the group."""
+        event = {"time": time.time(), "event": "failure", "cause": first_cause(worker_exceptions)}
+        rundir.events_log(self.run_dir).append(event)
+
+
+def first_cause(failures: dict[int, Exception]) -> str:
+    """One line for the failure that came first: a process that died, else the earliest exception."""
+
+    def when(item: tuple[int, Exception]) -> float:
+        failure = _unwrap(item[1])
+        return failure.when if isinstance(failure, WorkerFailed) else 0.0
+
+    rank, outer = min(failures.items(), key=when)
+    failure = _unwrap(outer)
+    if isinstance(failure, WorkerFailed):
+        return f"worker {failure.rank}: {failure.cause.splitlines()[0]}"
+    if isinstance(failure, ray.exceptions.RayActorError):
+        return f"worker {rank}: its process died"
+    return f"worker {rank}: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+
+
+def _unwrap(failure: BaseException) -> BaseException:
+    """Ray wraps a worker's exception, sometimes more than once."""
+    while not isinstance(failure, WorkerFailed):
+        inner = getattr(failure, "cause", None) or failure.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        failure = inner
+    return failure

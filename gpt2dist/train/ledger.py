@@ -1,0 +1,79 @@
+"""The ledger: which samples each committed step trained on, and the audit that proves it.
+
+`ledger.jsonl` has a line a step: step, positions, hash of the sample ids that the ranks really received,
+world size, attempt. Lines are written before the checkpoint that commits them; on a resume, lines of steps
+that were not committed are dropped, so every step stands once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.order import Ids, SampleOrder, ids_digest
+from gpt2dist.data.shards import Manifest
+
+
+def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int) -> dict[str, Any]:
+    """The ledger's line for a step; ids: what all ranks received, any shape, padding included."""
+    size = run.global_batch
+    return {
+        "step": step,
+        "positions": [step * size, (step + 1) * size],
+        "samples_sha256": ids_digest(ids.reshape(-1)),
+        "world_size": world_size,
+        "attempt": attempt,
+    }
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a ledger proves."""
+
+    samples: int
+    """Samples that the committed steps trained on."""
+    duplicates: int
+    """Positions that more than one line claims."""
+    gaps: int
+    """Positions below the last committed step that no line claims, or whose samples were other ones."""
+    skipped: int
+    """Samples left out on purpose."""
+    steps: int
+    """Committed steps."""
+    attempts: int
+    """Starts of the worker group that committed a step."""
+
+    @property
+    def clean(self) -> bool:
+        """Every sample exactly once."""
+        return self.duplicates == 0 and self.gaps == 0
+
+    def to_json(self) -> dict[str, int]:
+        """For --json."""
+        return asdict(self)
+
+
+def audit(run: RunConfig, manifest: Manifest, lines: list[dict[str, Any]], committed_step: int) -> Audit:
+    """Hold the ledger of a run up to `committed_step` against the order, which is computed afresh."""
+    order = SampleOrder(run, manifest)
+    size = run.global_batch
+    lines = [line for line in lines if line["step"] < committed_step]
+    right: set[int] = set()
+    duplicates = 0
+    for line in lines:
+        step = line["step"]
+        if step in right:
+            duplicates += size
+        elif line["positions"] == [step * size, (step + 1) * size] and line["samples_sha256"] == ids_digest(
+            order.step(step).reshape(-1)
+        ):
+            right.add(step)
+    return Audit(
+        samples=len(right) * size,
+        duplicates=duplicates,
+        gaps=(committed_step - len(right)) * size,
+        skipped=0,
+        steps=committed_step,
+        attempts=len({line["attempt"] for line in lines}),
+    )

@@ -1,0 +1,31 @@
+"""AdamW's parameter groups and the learning-rate schedule: pure functions of (config, step)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt2dist.config import OptimSection
+
+
+def adamw(model: nn.Module, o: OptimSection) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019) that decays matrices and embeddings only."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+
+
+def learning_rate(o: OptimSection, step: int, steps: int) -> float:
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then constant or a half cosine to min_lr."""
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    if o.schedule == "constant":
+        return o.lr
+    progress = (step - o.warmup_steps) / max(1, steps - o.warmup_steps)
+    return o.min_lr + 0.5 * (o.lr - o.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,28 @@
+"""The files of a run directory, readable from storage alone.
+
+config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl, log.txt.
+"""
+
+from __future__ import annotations
+
+from upath import UPath
+
+from gpt2dist.storage import JsonLines
+
+STOP_FILE = "stop"
+"""While this file is in the run directory, the run saves and ends after the step that it is on."""
+
+
+def metrics_log(run_dir: str) -> JsonLines:
+    """metrics.jsonl: a line a step."""
+    return JsonLines(UPath(run_dir) / "metrics.jsonl")
+
+
+def ledger_log(run_dir: str) -> JsonLines:
+    """ledger.jsonl: a line a committed step."""
+    return JsonLines(UPath(run_dir) / "ledger.jsonl")
+
+
+def events_log(run_dir: str) -> JsonLines:
+    """events.jsonl: starts, commits, failures, the end."""
+    return JsonLines(UPath(run_dir) / "events.jsonl")

@@ -1,0 +1,53 @@
+"""One Ray Train worker: build the engine, restore, take the stream, train."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+
+import ray.train
+import ray.train.torch
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.stream import step_batches
+
+DATASET = "train"
+
+
+class WorkerFailed(Exception):
+    """What ended a worker: when, which rank, and why; the traceback goes to the log."""
+
+    def __init__(self, rank: int, when: float, cause: str, trace: str) -> None:
+        super().__init__(rank, when, cause, trace)
+        self.rank, self.when, self.cause, self.trace = rank, when, cause, trace
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.cause}\n{self.trace}"
+
+
+def train_worker(config: dict[str, str]) -> None:
+    """Ray Train's entry point; config: {"run": the run as JSON}.
+
+    Raises:
+        WorkerFailed: whatever went wrong, with its time, so that the first failure can be told from the rest.
+    """
+    run = RunConfig.model_validate_json(config["run"])
+    try:
+        _train(run)
+    except Exception as e:
+        rank = ray.train.get_context().get_world_rank()
+        raise WorkerFailed(rank, time.time(), f"{type(e).__name__}: {e}", traceback.format_exc()) from None
+
+
+def _train(run: RunConfig) -> None:
+    # Here, because the driver imports this module too, and DeepSpeed looks for devices when it is imported.
+    from gpt2dist.train.engine import Engine
+    from gpt2dist.train.trainer import Trainer
+
+    engine = Engine(run, ray.train.torch.get_device())
+    with contextlib.closing(engine):
+        trainer = Trainer(run, engine)
+        trainer.restore()
+        shard = ray.train.get_dataset_shard(DATASET)
+        trainer.train(step_batches(shard, run, engine.rank, engine.world_size, trainer.step))
