@@ -157,7 +157,7 @@ class EvalSection(Section):
     """[eval] validation loss during training."""
 
     every_steps: int = Field(default=0, ge=0)
-    """Evaluate after every n-th step and the last; 0 switches it off."""
+    """Evaluate before the first step, after every n-th and after the last; 0 switches it off."""
     batches: int = Field(default=8, ge=1)
     """Micro-batches of the validation split that an evaluation reads, always the same ones."""
 

@@ -88,6 +88,7 @@ class JsonLines:
     def append(self, *records: dict[str, Any]) -> None:
         """Add records; the data has left the process when this returns."""
         text = "".join(json.dumps(record) + "\n" for record in records)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as f:
             f.write(text)
 

@@ -19,6 +19,7 @@ PIPE_INTERVAL_S = 20.0
 def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: float) -> None:
     """Show a run's progress until `done()`; `since`: Unix time, older events are not news."""
     view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
+    first_step: int | None = None  # of the newest attempt; lines of earlier steps are not news
     with view:
         finished = False
         while not finished:
@@ -28,7 +29,10 @@ def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: fl
                     since = event["time"]
                     if text := describe(event):
                         view.say(text)
-            if (metrics := rundir.metrics_log(run.run_dir).tail(4096)) and view.started:
+                    if event["event"] == "start":
+                        first_step = event["step"]
+            metrics = rundir.metrics_log(run.run_dir).tail(4096)
+            if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
                 view.show(metrics[-1])
             if not finished:
                 time.sleep(POLL_S)
@@ -58,7 +62,7 @@ def _line(metrics: dict[str, Any], steps: int) -> str:
 
 class _LiveLine:
     def __init__(self, run: RunConfig, console: Console) -> None:
-        self.steps, self.started = run.stop_step, False
+        self.steps = run.stop_step
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task("starting Ray and the workers", total=self.steps)
@@ -71,7 +75,6 @@ class _LiveLine:
         self.progress.stop()
 
     def say(self, text: str) -> None:
-        self.started |= text.startswith("attempt")
         self.progress.console.print(text)
 
     def show(self, m: dict[str, Any]) -> None:
@@ -83,7 +86,7 @@ class _LiveLine:
 
 class _Lines:
     def __init__(self, run: RunConfig, console: Console) -> None:
-        self.steps, self.console, self.started = run.stop_step, console, False
+        self.steps, self.console = run.stop_step, console
         self.shown, self.first, self.last = -1, (0, 0.0), 0.0
 
     def __enter__(self) -> None:
@@ -93,7 +96,6 @@ class _Lines:
         pass
 
     def say(self, text: str) -> None:
-        self.started |= text.startswith("attempt")
         self.shown = -1
         self.console.print(text)
 

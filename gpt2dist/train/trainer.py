@@ -67,7 +67,8 @@ class Trainer:
         while self.step < run.stop_step:
             metrics, stop, save = self.train_step(batches)
             last = self.step == run.stop_step
-            if run.eval.every_steps and (last or self.step % run.eval.every_steps == 0):
+            every = run.eval.every_steps
+            if every and (self.step % every == 0 or self.step == run.train.steps):
                 metrics["val_loss"] = self.evaluate()
             self._log(metrics)
             every = run.checkpoint.every_steps

@@ -1,0 +1,204 @@
+"""ZeRO stages, world sizes and resumes on real gloo processes, through the trainer and without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.shards import read_manifest
+from gpt2dist.model import gpt2
+from gpt2dist.train import checkpoint, ledger, rundir
+from gpt2dist.train.optim import adamw, learning_rate
+from tests.conftest import tiny_run
+from tests.distributed import jobs
+
+Ranks = Callable[..., list[Any]]
+Losses = dict[int, float]
+
+
+def logged(run: RunConfig, key: str = "loss") -> Losses:
+    """Step → value from metrics.jsonl; every step must stand once."""
+    rows = rundir.metrics_log(run.run_dir).read()
+    assert [r["step"] for r in rows] == list(range(len(rows)))
+    return {r["step"]: r[key] for r in rows if key in r}
+
+
+def largest_difference(a: Losses, b: Losses) -> float:
+    assert a.keys() == b.keys()
+    return max(abs(a[s] - b[s]) for s in a)
+
+
+def variants(data: str, storage: Path, precision: str, stages: tuple[int, ...], **changes: Any) -> list[RunConfig]:
+    return [
+        tiny_run(
+            name=f"{precision}-{stage}",
+            storage=str(storage),
+            data__path=data,
+            train__precision=precision,
+            train__zero_stage=stage,
+            train__steps=20,
+            checkpoint__every_steps=0,
+            **changes,
+        )
+        for stage in stages
+    ]
+
+
+def plain_torch_losses(run: RunConfig) -> Losses:
+    """The same run in a plain PyTorch loop: no DeepSpeed, no ranks, no dropout."""
+    from gpt2dist.data.order import SampleOrder
+    from gpt2dist.data.shards import TokenSplit
+
+    manifest = read_manifest(run.data_path)
+    order, split = SampleOrder(run, manifest), TokenSplit(run.data_path, manifest, "train")
+    model = gpt2.build(gpt2.GPT2Config.from_run(run), run.seed)
+    optimizer = adamw(model, run.optim)
+    losses = {}
+    for step in range(run.train.steps):
+        total = 0.0
+        for ids in order.step(step):
+            tokens = torch.from_numpy(split.samples(ids, run.data.seq_len).astype("int64"))
+            loss = model(tokens) / run.batch.micro_batches
+            loss.backward()
+            total += loss.item()
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.grad_clip, norm.float())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.optim, step, run.train.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[step] = total
+    return losses
+
+
+@pytest.mark.timeout(240)
+def test_stages_and_world_sizes_give_one_fp32_curve(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    data = make_data([3000, 3000])
+    two = variants(data, tmp_path / "w2", "fp32", (0, 1, 2, 3), model__dropout=0.0)
+    ranks(jobs.train_runs, 2, two)
+    three = variants(data, tmp_path / "w3", "fp32", (2, 3), model__dropout=0.0, cluster__workers=3)
+    ranks(jobs.train_runs, 3, three)  # 3 does not divide M = 4: a padding micro-batch
+    reference = plain_torch_losses(two[0])
+    for run in [*two, *three]:
+        assert largest_difference(logged(run), reference) <= 1e-5, run.run_dir
+
+
+@pytest.mark.timeout(240)
+def test_stages_agree_in_16_bit(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    data = make_data([3000, 3000])
+    runs = variants(data, tmp_path, "bf16", (0, 1, 2, 3)) + variants(data, tmp_path, "fp16", (1, 2, 3))
+    ends = ranks(jobs.train_runs, 2, runs)
+    reference = logged(variants(data, tmp_path, "bf16", (2,))[0])
+    for run in runs:
+        assert largest_difference(logged(run), reference) <= 2e-2, run.run_dir
+        assert largest_difference(logged(run, "val_loss"), logged(runs[0], "val_loss")) <= 2e-2
+    fp16 = ends[0][-1]["scalars"]
+    assert fp16["loss_scale.cur_scale"] > 1
+    assert fp16["optimizer_steps"] == 20
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bitwise_at_the_same_world_size(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, precision: str
+) -> None:
+    data = make_data([3000, 3000])
+    whole = variants(data, tmp_path / "whole", precision, (0, 1, 2, 3), checkpoint__keep=5)
+    halves = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), train__stop_at=7)
+    rest = variants(data, tmp_path / "half", precision, (0, 1, 2, 3))
+    ranks(jobs.train_runs, 2, [*whole, *halves])
+    ends = ranks(jobs.train_runs, 2, rest)  # new processes
+    assert [end["start"] for end in ends[0]] == [7, 7, 7, 7]
+    for a, b in zip(whole, rest, strict=True):
+        assert logged(a) == logged(b)
+        assert logged(a, "val_loss") == logged(b, "val_loss")
+        assert logged(a, "grad_norm") == logged(b, "grad_norm")
+        first, second = (checkpoint.newest(r.run_dir) for r in (a, b))
+        assert first is not None
+        assert second is not None
+        assert [f.sha256 for f in first.index.files] == [f.sha256 for f in second.index.files]
+
+
+@pytest.mark.timeout(240)
+def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    data = make_data([3000, 3000])
+    whole = variants(data, tmp_path / "whole", "fp32", (2,))[0]
+    ranks(jobs.train_runs, 2, [whole])
+    # (workers, stage) of each leg of one run: saved by one, loaded by the next.
+    legs = [(2, 2, 4), (1, 3, 7), (3, 1, 10), (2, 0, 13), (3, 3, 16), (2, 2, None)]
+    for workers, stage, stop in legs:
+        changes = {"cluster__workers": workers, "train__zero_stage": stage, "name": "reshaped", "train__stop_at": stop}
+        run = tiny_run(storage=str(tmp_path), data__path=data, train__steps=20, checkpoint__every_steps=0, **changes)
+        ranks(jobs.train_runs, workers, [run])
+    assert largest_difference(logged(run), logged(whole)) <= 1e-5
+    lines = rundir.ledger_log(run.run_dir).read()
+    result = ledger.audit(run, read_manifest(data), lines, jobs.committed_step(run))
+    assert result.clean
+    assert result.samples == 20 * 8
+    assert result.attempts == len(legs)
+    assert {line["world_size"] for line in lines} == {1, 2, 3}
+
+
+@pytest.mark.timeout(240)
+def test_initial_weights_are_the_seeds_alone(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """Whole parameters on one rank hash the same at every stage, and equal the reference model's values."""
+    data = make_data([3000])
+    run = variants(data, tmp_path, "bf16", (2,))[0]
+    reference = gpt2.build(gpt2.GPT2Config.from_run(run), run.seed).state_dict()
+    for stage in (0, 1, 2, 3):
+        (pieces,) = ranks(jobs.initial_digest, 1, variants(data, tmp_path, "bf16", (stage,), cluster__workers=1)[0])
+        assert {name for name, _, _ in pieces} == {n for n in reference if n != "head.weight"}
+        import hashlib
+
+        for name, start, digest in pieces:
+            assert start == 0
+            assert digest == hashlib.sha256(reference[name].numpy().tobytes()).hexdigest(), (stage, name)
+
+
+@pytest.mark.timeout(120)
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    data = make_data([3000])
+    run = tiny_run(storage=str(tmp_path), data__path=data, cluster__workers=1, train__stop_at=8)
+    ranks(jobs.train_runs, 1, [run])
+    before = logged(run)
+    victim = checkpoint.step_directory(run.run_dir, 8) / "rank-00000.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    (end,) = ranks(jobs.train_runs, 1, [run])
+    assert end[0]["start"] == 4
+    assert logged(run) == before
+    (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "bad_checkpoint"]
+    assert str(victim) in event["reason"]
+    assert checkpoint.newest(run.run_dir) is not None
+    with pytest.raises(StopIteration):  # the damaged one was replaced by a good one
+        next(c for c in checkpoint.committed(run.run_dir) if _is_bad(c))
+
+
+def _is_bad(found: checkpoint.Checkpoint | checkpoint.BadCheckpoint) -> bool:
+    if isinstance(found, checkpoint.BadCheckpoint):
+        return True
+    try:
+        checkpoint.verify(found)
+    except checkpoint.BadCheckpoint:
+        return True
+    return False
+
+
+def test_metrics_have_the_promised_keys(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), cluster__workers=1, train__steps=2)
+    ranks(jobs.train_runs, 1, [run])
+    row = json.loads(rundir.metrics_log(run.run_dir).path.read_text().splitlines()[-1])
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait_s", "step_s", "val_loss"}
+    assert keys <= row.keys()
+    assert row["tokens_per_s"] == pytest.approx(run.global_batch * run.data.seq_len / row["step_s"])
