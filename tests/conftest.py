@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ os.environ.update(HOME=_home, RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHEC
 os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parent.parent / "build" / "torch_extensions")  # compile once
 os.environ.pop("RAY_ADDRESS", None)
 
-from gpt2dist.config import RunConfig, parse_run
-from gpt2dist.data.shards import Manifest, Shard
+from gpt2dist.config import RunConfig, parse_run  # noqa: E402
+from gpt2dist.data.shards import Manifest, Shard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,7 +92,7 @@ def gpt2dist(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
+def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """Runs a function of tests/ranks.py on real processes over gloo: ranks(function, world_size, *args)."""
     from tests.ranks import run_ranks
 
@@ -101,4 +101,4 @@ def ranks(tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
     def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
         return run_ranks(function, world_size, args, tmp_path / f"rendezvous-{next(counter)}", timeout)
 
-    yield run
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,9 @@ def test_resume_is_bitwise_at_the_same_world_size(
     whole = variants(data, tmp_path / "whole", precision, (0, 1, 2, 3), checkpoint__keep=5)
     halves = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), train__stop_at=7)
     rest = variants(data, tmp_path / "half", precision, (0, 1, 2, 3))
-    ranks(jobs.train_runs, 2, [*whole, *halves])
+    # By stage: DeepSpeed's stage 3 replaces F.linear for the rest of a process, and other bits come out.
+    first = sorted([*whole, *halves], key=lambda run: run.train.zero_stage)
+    ranks(jobs.train_runs, 2, first)
     ends = ranks(jobs.train_runs, 2, rest)  # new processes
     assert [end["start"] for end in ends[0]] == [7, 7, 7, 7]
     for a, b in zip(whole, rest, strict=True):
@@ -156,8 +159,6 @@ def test_initial_weights_are_the_seeds_alone(ranks: Ranks, make_data: Callable[.
     for stage in (0, 1, 2, 3):
         (pieces,) = ranks(jobs.initial_digest, 1, variants(data, tmp_path, "bf16", (stage,), cluster__workers=1)[0])
         assert {name for name, _, _ in pieces} == {n for n in reference if n != "head.weight"}
-        import hashlib
-
         for name, start, digest in pieces:
             assert start == 0
             assert digest == hashlib.sha256(reference[name].numpy().tobytes()).hexdigest(), (stage, name)
