@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
         UserError: there is no cluster at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
     temporary = None
     try:
         if address:
@@ -84,3 +87,14 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself retries a dead address for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto" and the like: Ray finds it out
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as e:
+        raise UserError(f"address: {address}: no Ray cluster answers there ({e.strerror or e})") from None

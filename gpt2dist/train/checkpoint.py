@@ -142,7 +142,7 @@ def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
         if (path / INDEX).exists():
             (path / INDEX).unlink()  # first it stops to exist, then its files go
         remove_tree(path)
-    return [s for s, _ in gone]
+    return sorted(s for s, _ in gone)
 
 
 # ---------------------------------------------------------------------- finding and checking

@@ -1,0 +1,138 @@
+"""A user's mistakes: one line that names the file and the key, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from gpt2dist.cli import main
+from tests.conftest import tiny_run
+from tests.unit.test_checkpoint import save
+
+
+def cli(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, make_data: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(data__path=make_data([3000]), prepare__output="out")
+    Path("run.toml").write_text(run.to_toml())
+    return "run.toml"
+
+
+def assert_one_line(result: Result, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not Path("runs/run/config.toml").exists()
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "run.toml: train.stepz: unknown key in [train]; did you mean steps?"),
+        ("train.steps=ten", 'run.toml: train.steps: input should be a valid integer, got "ten"'),
+        ("batch.micro_batches=1", "run.toml: cluster.workers = 2 is more than batch.micro_batches = 1"),
+    ],
+)
+def test_bad_keys(run_file: str, command: str, override: str, message: str) -> None:
+    assert_one_line(cli(command, run_file, "--set", override), message)
+
+
+def test_missing_run_file() -> None:
+    for command in ("prepare", "train"):
+        assert_one_line(cli(command, "none.toml"), "none.toml: no such file")
+
+
+def test_missing_or_bad_sources(run_file: str, tmp_path: Path) -> None:
+    def prepare(sources: str) -> Result:
+        return cli("prepare", run_file, "--set", f"prepare.sources={sources}")
+
+    (tmp_path / "x.pdf").write_text("x")
+    assert_one_line(prepare('["none/*.txt"]'), "prepare.sources: none/*.txt: no such file")
+    assert_one_line(prepare("[]"), "prepare.sources: empty")
+    assert_one_line(prepare('["builtin:x"]'), "prepare.sources: builtin:x: unknown; did you mean builtin:stdlib?")
+    assert_one_line(prepare('["x.pdf"]'), "x.pdf: unknown kind of file")
+    assert not Path("out").exists()
+
+
+def test_missing_data_set(run_file: str) -> None:
+    result = cli("train", run_file, "--set", "data.path=nowhere")
+    assert_one_line(result, "nowhere: not a prepared data set (no manifest.json); run: gpt2dist prepare")
+
+
+def test_data_set_shorter_than_a_global_batch(run_file: str, make_data: Callable[..., str]) -> None:
+    short = make_data([100], name="short")
+    result = cli("train", run_file, "--set", f"data.path={short}")
+    assert_one_line(result, "6 samples of data.seq_len = 16 are less than one global batch of 8")
+
+
+def test_empty_data_set(run_file: str, make_data: Callable[..., str]) -> None:
+    empty = make_data([], name="empty")
+    assert_one_line(cli("train", run_file, "--set", f"data.path={empty}"), "the data set is empty")
+
+
+def test_no_validation_split(run_file: str, make_data: Callable[..., str]) -> None:
+    data = make_data([3000], val=0, name="noval")
+    result = cli("train", run_file, "--set", f"data.path={data}")
+    assert_one_line(result, "raise prepare.val_fraction or set eval.every_steps = 0")
+
+
+def test_damaged_data_set(run_file: str, tmp_path: Path) -> None:
+    shard = tmp_path / "data" / "train-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert_one_line(cli("train", run_file), "train-00000.npy: shard has 6,126 bytes, the manifest says 6,128")
+    shard.unlink()
+    assert_one_line(cli("train", run_file), "train-00000.npy: shard is missing")
+
+
+def test_storage_not_writable(run_file: str) -> None:
+    Path("file").write_text("")
+    result = cli("train", run_file, "--set", "storage=file")
+    assert_one_line(result, "storage: cannot write to file/run")
+
+
+def test_checkpoint_that_does_not_fit(run_file: str) -> None:
+    save(Path("runs/run"))
+    assert_one_line(cli("train", run_file), "run.toml: model: does not fit the checkpoint")
+
+
+def test_no_cluster_at_the_address(run_file: str) -> None:
+    result = cli("train", run_file, "--address", "127.0.0.1:1")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: address: 127.0.0.1:1: no Ray cluster answers there")
+
+
+def test_run_directories_that_are_none(run_file: str) -> None:
+    for command in (["generate", "x"], ["audit", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
+        assert_one_line(cli(*command), "x: no such run directory")
+    Path("y").mkdir()
+    assert_one_line(cli("audit", "y"), "config.toml: no such file")
+
+
+def test_dry_run_starts_nothing(run_file: str) -> None:
+    result = cli("train", run_file, "--dry-run", "--set", "cluster.workers=3")
+    assert result.exit_code == 0
+    for text in ("zero_stage = 2", "parameters", "FLOPs per token", "2 micro-batches a step on each of 3, 2 padding"):
+        assert text in result.stdout
+    assert not Path("runs").exists()
+    numbers = json.loads(cli("train", run_file, "--dry-run", "--json").stdout)
+    assert numbers["config"]["optim"]["lr"] == 3e-3
+    assert numbers["tokens_per_step"] == 4 * 2 * 16
+    assert numbers["memory_bytes"]["Adam moments"] == 8 * numbers["parameters_padded"] // 2
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "generate", "audit", "checkpoint ls", "checkpoint verify", ""])
+def test_help_has_an_example(command: str) -> None:
+    result = cli(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.stdout

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpt2dist.config import RunConfig, UserError, load_run, parse_run
+from tests.conftest import ROOT, TINY, tiny_run
+
+RUN_FILES = sorted((ROOT / "jobs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda p: p.name)
+def test_every_shipped_run_file_loads(path: Path) -> None:
+    run = load_run(path)
+    assert run.data_path
+
+
+def test_there_are_shipped_run_files() -> None:
+    assert RUN_FILES
+
+
+def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
+    run = tiny_run(train__stop_at=5)
+    (tmp_path / "config.toml").write_text(run.to_toml())
+    assert load_run(tmp_path / "config.toml") == run
+    assert RunConfig.model_validate_json(run.model_dump_json()) == run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train__zero_stagee": 1}, "train.zero_stagee: unknown key in [train]; did you mean zero_stage?"),
+        ({"modle": {}}, "modle: unknown key at the top level; did you mean model?"),
+        ({"train__steps": "many"}, 'train.steps: input should be a valid integer, got "many"'),
+        ({"train__steps": 1.5}, "train.steps: input should be a valid integer, got 1.5"),
+        ({"train__precision": "int8"}, "train.precision: input should be 'fp32', 'bf16' or 'fp16', got \"int8\""),
+        ({"train__zero_stage": 4}, "train.zero_stage: input should be 0, 1, 2 or 3, got 4"),
+        ({"optim__lr": -1.0}, "optim.lr: input should be greater than 0, got -1.0"),
+        ({"optim__betas": [0.9, 1.5]}, "optim: betas = [0.9, 1.5] must lie in [0, 1)"),
+        ({"model__n_head": 5}, "model: n_embd = 32 is not divisible by n_head = 5"),
+        ({"model__preset": "124M"}, "model: give preset, or n_layer, n_head and n_embd, not both"),
+        ({"batch__micro_batches": 0}, "batch.micro_batches: input should be greater than or equal to 1, got 0"),
+        ({"cluster__workers": 5}, "cluster.workers = 5 is more than batch.micro_batches = 4"),
+        ({"train__stop_at": 100}, "train: stop_at = 100 is after steps = 12"),
+        ({"train__precision": "fp16", "train__zero_stage": 0}, "train: precision = fp16 needs zero_stage 1, 2 or 3"),
+        ({"model__n_positions": 8}, "data.seq_len = 16 is longer than model.n_positions = 8"),
+        ({"name": "../x"}, "name: use letters, digits"),
+    ],
+)
+def test_mistakes_name_the_key(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        tiny_run(**change)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_key_and_several_mistakes() -> None:
+    with pytest.raises(UserError, match=r"run.toml: name: required, but missing \(and 1 more\)"):
+        parse_run({"model": {"preset": "tiny"}, "x": 1}, "run.toml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(parse_run(TINY, "t").to_toml())
+    sets = ("optim.lr=1e-4", "name=other", 'prepare.sources=["a", "b"]', "cluster.workers=1", "train.precision=bf16")
+    run = load_run(path, sets)
+    assert (run.optim.lr, run.name, run.prepare.sources) == (1e-4, "other", ["a", "b"])
+    assert (run.cluster.workers, run.train.precision) == (1, "bf16")
+    for bad in ("optim.lr", "=3", "name.x=1", "optim.=1"):
+        with pytest.raises(UserError, match="--set"):
+            load_run(path, (bad,))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.toml: no such file"):
+        load_run(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(UserError, match=r"bad\.toml: not valid TOML: "):
+        load_run(tmp_path / "bad.toml")
+    (tmp_path / "bin.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"bin\.toml: cannot be read"):
+        load_run(tmp_path / "bin.toml")
+
+
+def test_run_is_immutable() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        tiny_run().train.steps = 3  # type: ignore[misc]

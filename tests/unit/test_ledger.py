@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.order import SampleOrder
+from gpt2dist.data.shards import read_manifest
+from gpt2dist.train.ledger import Audit, audit, entry
+from tests.conftest import tiny_run
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture
+def run(make_data: Callable[..., str]) -> RunConfig:
+    return tiny_run(data__path=make_data([500, 300]))  # 49 samples: 12 steps of 8 are two epochs
+
+
+def ledger_of(run: RunConfig, steps: int = 12) -> Lines:
+    order = SampleOrder(run, read_manifest(run.data_path))
+    return [entry(run, s, order.step(s), 1 + s % 3, 1 + s // 5) for s in range(steps)]
+
+
+def result(run: RunConfig, lines: Lines, committed: int = 12) -> Audit:
+    return audit(run, read_manifest(run.data_path), lines, committed)
+
+
+def test_clean(run: RunConfig) -> None:
+    expected = {"samples": 96, "duplicates": 0, "gaps": 0, "skipped": 0, "steps": 12, "attempts": 3}
+    assert result(run, ledger_of(run)).to_json() == expected
+    assert result(run, ledger_of(run)).clean
+
+
+def test_lines_beyond_the_committed_step_do_not_count(run: RunConfig) -> None:
+    assert result(run, ledger_of(run), committed=7).to_json()["samples"] == 56
+
+
+def test_gap(run: RunConfig) -> None:
+    lines = ledger_of(run)
+    del lines[4]
+    found = result(run, lines)
+    assert (found.gaps, found.duplicates, found.clean) == (8, 0, False)
+
+
+def test_duplicate(run: RunConfig) -> None:
+    lines = ledger_of(run)
+    lines.insert(5, lines[4])
+    found = result(run, lines)
+    assert (found.gaps, found.duplicates, found.clean) == (0, 8, False)
+
+
+def test_other_samples_than_the_order_says(run: RunConfig) -> None:
+    lines = ledger_of(run)
+    lines[3]["samples_sha256"] = lines[4]["samples_sha256"]
+    assert result(run, lines).gaps == 8
+    assert result(run, ledger_of(run.model_copy(update={"seed": 9}))).gaps == 96
+
+
+def test_wrong_positions(run: RunConfig) -> None:
+    lines = ledger_of(run)
+    lines[3]["positions"] = [0, 8]
+    assert result(run, lines).gaps == 8

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config as HFConfig
+from transformers import GPT2LMHeadModel
+
+from gpt2dist.data.tokenizer import EOT
+from gpt2dist.model.generate import sample
+from gpt2dist.model.gpt2 import (
+    GPT2,
+    PRESETS,
+    GPT2Config,
+    build,
+    count_parameters,
+    flops_per_token,
+    parameter_shapes,
+)
+
+CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=48, n_positions=32)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D holds [in, out]
+
+
+def transformers_twin(model: GPT2) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with the same weights."""
+    c = model.config
+    config = HFConfig(
+        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head
+    )
+    twin = GPT2LMHeadModel(config).eval()
+    state = {}
+    for name, value in model.state_dict().items():
+        if name != "head.weight":
+            value = value[: c.vocab_size] if name == "wte.weight" else value
+            state[f"transformer.{name}"] = value.T if name.endswith(TRANSPOSED) else value
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    twin.tie_weights()
+    return twin
+
+
+def random_model(seed: int = 0) -> GPT2:
+    """Random everything, biases and LayerNorm too."""
+    model = build(CONFIG, seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty(p.shape).normal_(0, 0.1, generator=generator))
+    return model
+
+
+def test_logits_loss_and_gradients_equal_transformers() -> None:
+    model = random_model()
+    twin = transformers_twin(model)
+    tokens = torch.randint(0, CONFIG.vocab_size, (3, 33), generator=torch.Generator().manual_seed(1))
+    ours = model.logits(tokens[:, :-1])
+    theirs = twin(tokens[:, :-1]).logits
+    assert (ours[..., : CONFIG.vocab_size] - theirs).abs().max() <= 1e-4
+    loss = model(tokens)
+    labels = tokens[:, 1:].reshape(-1)
+    reference = torch.nn.functional.cross_entropy(theirs.reshape(-1, CONFIG.vocab_size), labels)
+    assert abs(loss.item() - reference.item()) <= 1e-5
+    loss.backward()
+    reference.backward()
+    twins = dict(twin.named_parameters())
+    for name, p in model.named_parameters():
+        expected = twins[f"transformer.{name}"].grad
+        expected = expected.T if name.endswith(TRANSPOSED) else expected
+        got = p.grad[: CONFIG.vocab_size] if name == "wte.weight" else p.grad
+        assert (got - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_padded_vocabulary_is_inert() -> None:
+    model = random_model()
+    assert model.wte.weight.shape[0] == 50304
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    loss = model(tokens)
+    loss.backward()
+    assert model.wte.weight.grad[CONFIG.vocab_size :].abs().max() == 0
+    with torch.no_grad():
+        model.wte.weight[CONFIG.vocab_size :] = 1e3  # whatever stands there
+        assert model(tokens).item() == loss.item()
+        assert (model.logits(tokens)[..., CONFIG.vocab_size :] == -torch.inf).all()
+    for seed in range(3):
+        out = sample(model, tokens[0], 20, temperature=5.0, top_k=0, seed=seed, stop=EOT)
+        assert out.max() < CONFIG.vocab_size
+
+
+def test_causal() -> None:
+    model = random_model()
+    tokens = torch.randint(0, CONFIG.vocab_size, (1, 20), generator=torch.Generator().manual_seed(1))
+    changed = tokens.clone()
+    changed[0, 12] = (tokens[0, 12] + 1) % CONFIG.vocab_size
+    a, b = model.logits(tokens), model.logits(changed)
+    assert torch.equal(a[:, :12], b[:, :12])
+    assert not torch.equal(a[:, 12:], b[:, 12:])
+
+
+# Radford et al. 2019 round to 117M, 345M, 762M, 1542M; these are the counts of the released weights.
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_published_sizes(preset: str, count: int) -> None:
+    config = GPT2Config(*PRESETS[preset], n_positions=1024)
+    assert count_parameters(config) == count
+
+
+def test_flops_of_the_small_model() -> None:
+    config = GPT2Config(*PRESETS["124M"], n_positions=1024)
+    n = 124_439_808 - 1024 * 768
+    assert flops_per_token(config, 1024) == 6 * n + 12 * 12 * 768 * 1024
+
+
+def test_initialization_is_gpt2s() -> None:
+    config = GPT2Config(n_layer=8, n_head=4, n_embd=128, n_positions=64)
+    model = build(config, seed=5)
+    state = model.state_dict()
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == parameter_shapes(config)
+    for name, p in state.items():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif p.ndim == 1:
+            assert (p == 1).all(), name
+        else:
+            p = p[: config.vocab_size] if p.shape[0] == config.padded_vocab_size else p
+            std = 0.01 if name == "wpe.weight" else 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    again, other = build(config, seed=5).state_dict(), build(config, seed=6).state_dict()
+    assert all(torch.equal(state[n], again[n]) for n in state)
+    assert not torch.equal(state["wpe.weight"], other["wpe.weight"])
+    # a deeper model has the same first blocks: each parameter has a generator of its own
+    deeper = build(GPT2Config(n_layer=9, n_head=4, n_embd=128, n_positions=64), seed=5).state_dict()
+    assert torch.equal(state["h.0.attn.c_attn.weight"], deeper["h.0.attn.c_attn.weight"])
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = build(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=16, dropout=0.5), 0)
+    tokens = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    a = model(tokens)
+    torch.manual_seed(1)
+    b = model(tokens)
+    torch.manual_seed(2)
+    c = model(tokens)
+    assert a == b
+    assert a != c
+    model.eval()
+    assert model(tokens) == model(tokens)
+
+
+def test_sampling() -> None:
+    model = random_model()
+    prompt = torch.tensor([EOT, 5, 7])
+    options = {"temperature": 1.0, "top_k": 0, "stop": EOT}
+    a = sample(model, prompt, 40, seed=1, **options)
+    assert len(a) <= 40  # longer than the context: it slides
+    assert torch.equal(a, sample(model, prompt, 40, seed=1, **options))
+    assert not torch.equal(a, sample(model, prompt, 40, seed=2, **options))
+    greedy = sample(model, prompt, 5, seed=1, temperature=0.0, top_k=0, stop=-1)
+    assert greedy[0] == model.logits(prompt[None])[0, -1].argmax()
+    assert torch.equal(greedy, sample(model, prompt, 5, seed=9, temperature=1.0, top_k=1, stop=-1))
+    assert len(sample(model, prompt, 5, seed=1, temperature=0.0, top_k=0, stop=int(greedy[0]))) == 0
