@@ -66,7 +66,7 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
         if address:
             ray.init(address=address)
         else:
-            temporary = tempfile.mkdtemp(prefix="g2d-", dir="/tmp" if os.path.isdir("/tmp") else None)
+            temporary = _temporary_directory()
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -87,6 +87,26 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_directory() -> str:
+    """A new directory with a short path (sockets lie in it); those of killed processes are removed."""
+    root = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
+    for old in root.glob("g2d-[0-9]*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"g2d-{os.getpid()}-", dir=root)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _check_reachable(address: str) -> None:

@@ -42,6 +42,7 @@ class ExactStream(DataConfig):  # type: ignore[misc]
         )
         blocks.context.execution_options = self.default_ingest_options()
         blocks.context.execution_options.preserve_order = True
+        blocks.context.raise_original_map_exception = True  # a damaged shard is named, not "UDF failed"
         (name,) = datasets
         return [{name: split} for split in blocks.streaming_split(world_size, equal=True)]
 

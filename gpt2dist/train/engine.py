@@ -10,14 +10,21 @@ weight, exp_avg or exp_avg_sq. Saving and loading fragments works for every stag
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import filelock
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
@@ -25,6 +32,8 @@ from gpt2dist.model import gpt2
 from gpt2dist.train.fragment import KINDS, Fragment
 from gpt2dist.train.optim import adamw
 from gpt2dist.train.peak import DTYPES
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,8 @@ class Engine:
         optimizer = adamw(model, run.optim)
         cast = self.stage == 0 and run.train.precision != "fp32"
         wrapped = _CastForward(model, DTYPES[run.train.precision]) if cast else model
+        if device.type == "cpu":
+            _build_cpu_collectives()
         deepspeed.init_distributed(dist_init_required=False)
         self.ds: Any = deepspeed.initialize(
             model=wrapped,
@@ -322,6 +333,21 @@ class Engine:
 
 
 _SCALER_STATE = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
+
+
+def _build_cpu_collectives() -> None:
+    """Compile DeepSpeed's shared-memory collectives, once a machine; without a compiler go on with gloo's own."""
+    name = "deepspeed_shm_comm"
+    directory = Path(cpp_extension._get_build_directory(name, verbose=False))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja lies there
+    with filelock.FileLock(f"{directory}.lock"):
+        # torch's own lock file outlives a killed process, and everybody would wait for it for ever.
+        (directory / "lock").unlink(missing_ok=True)
+        try:
+            get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+        except Exception as e:
+            log.warning("no shared-memory collectives (%s); gloo does it, slower", e)
+            deepspeed.ops.__compatible_ops__[name] = False
 
 
 def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, Any]:

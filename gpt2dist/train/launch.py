@@ -22,7 +22,7 @@ from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2
 from gpt2dist.storage import check_writable, is_local, publish, remove_tree
 from gpt2dist.train import checkpoint, rundir
-from gpt2dist.train.worker import DATASET, WorkerFailed, train_worker
+from gpt2dist.train.worker import DATASET, WorkerFailed, root_cause, train_worker
 
 
 class TrainingFailed(Exception):
@@ -168,6 +168,7 @@ class TrainJob:
             self._error = e
         finally:
             remove_tree(scratch)
+            (UPath(run.run_dir) / rundir.STOP_FILE).unlink(missing_ok=True)
 
 
 class StartStep:
@@ -196,24 +197,12 @@ class FailureLog(UserCallback):  # type: ignore[misc]
 def first_cause(failures: dict[int, Exception]) -> str:
     """One line for the failure that came first: a process that died, else the earliest exception."""
 
-    def when(item: tuple[int, Exception]) -> float:
-        failure = _unwrap(item[1])
-        return failure.when if isinstance(failure, WorkerFailed) else 0.0
-
-    rank, outer = min(failures.items(), key=when)
-    failure = _unwrap(outer)
-    if isinstance(failure, WorkerFailed):
-        return f"worker {failure.rank}: {failure.cause.splitlines()[0]}"
-    if isinstance(failure, ray.exceptions.RayActorError):
-        return f"worker {rank}: its process died"
-    return f"worker {rank}: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
-
-
-def _unwrap(failure: BaseException) -> BaseException:
-    """Ray wraps a worker's exception, sometimes more than once."""
-    while not isinstance(failure, WorkerFailed):
-        inner = getattr(failure, "cause", None) or failure.__cause__
-        if not isinstance(inner, BaseException):
-            break
-        failure = inner
-    return failure
+    causes = {rank: root_cause(failure) for rank, failure in failures.items()}
+    rank, cause = min(causes.items(), key=lambda item: getattr(item[1], "when", 0.0))
+    if isinstance(cause, WorkerFailed):
+        rank, text = cause.rank, cause.cause
+    elif isinstance(cause, ray.exceptions.RayActorError):
+        text = "its process died"
+    else:
+        text = f"{type(cause).__name__}: {cause}"
+    return f"worker {rank}: {text.splitlines()[0]}"

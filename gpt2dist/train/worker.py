@@ -37,7 +37,18 @@ def train_worker(config: dict[str, str]) -> None:
         _train(run)
     except Exception as e:
         rank = ray.train.get_context().get_world_rank()
-        raise WorkerFailed(rank, time.time(), f"{type(e).__name__}: {e}", traceback.format_exc()) from None
+        cause = root_cause(e)
+        raise WorkerFailed(rank, time.time(), f"{type(cause).__name__}: {cause}", traceback.format_exc()) from None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception at the bottom: Ray wraps what a task or an actor raised, sometimes more than once."""
+    while not isinstance(error, WorkerFailed):
+        inner = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error
 
 
 def _train(run: RunConfig) -> None:

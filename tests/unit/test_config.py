@@ -86,3 +86,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_run_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         tiny_run().train.steps = 3  # type: ignore[misc]
+
+
+def test_the_page_of_keys_is_current() -> None:
+    import runpy
+
+    render = runpy.run_path(str(ROOT / "docs" / "make_config.py"))["render"]
+    assert (ROOT / "docs" / "config.md").read_text() == render(), "run: make docs"

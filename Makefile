@@ -1,0 +1,39 @@
+# Every target sets up what it needs: on a fresh machine with Python (3.10 or newer), pip, gcc and make, `make smoke`
+# is the first command.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup smoke test check bench docs clean
+
+setup: $(VENV)/.installed  ## make .venv with gpt2dist and all that its tests need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gpt2dist needs Python 3.10 or newer")'
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt torch 2> >(grep -v WARNING >&2)
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]' 2> >(grep -v WARNING >&2)
+	@touch $@
+
+smoke: setup  ## prepare, train, generate and audit a small GPT-2 on two CPU workers
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash jobs/smoke.sh
+
+test: setup  ## the tests, unit first
+	@$(BIN)/python -m pytest -q tests/unit tests/distributed tests/ray
+
+check: setup  ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup  ## time the whole stack against the same engine in a bare loop, interleaved
+	@$(BIN)/python -m tests.bench.overhead
+
+docs: setup  ## write docs/config.md from the code
+	@$(BIN)/python docs/make_config.py
+
+clean:  ## remove the environment and what was built; runs and data stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
