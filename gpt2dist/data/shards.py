@@ -11,6 +11,7 @@ A split is the concatenation of its shards. Sample i is its tokens [iÂ·T, (i+1)Â
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from functools import cached_property
@@ -29,6 +30,16 @@ MANIFEST = "manifest.json"
 TOKEN_DTYPE = np.dtype("<u2")
 
 
+def npy_header(tokens: int) -> bytes:
+    """How a shard file begins; numpy pads it to one length, whatever the number."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    return buffer.getvalue()
+
+
+HEADER_BYTES = len(npy_header(0))
+
+
 class Shard(Section):
     """One token file."""
 
@@ -44,6 +55,27 @@ class Shard(Section):
     """Hash of the file."""
 
 
+class Tally(Section):
+    """Documents and their tokens, <|endoftext|> included; a bad record has no tokens."""
+
+    documents: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+
+    def plus(self, documents: int, tokens: int) -> Tally:
+        """The sum."""
+        return Tally(documents=self.documents + documents, tokens=self.tokens + tokens)
+
+
+class Source(Section):
+    """What became of the documents of one source."""
+
+    name: str
+    read: Tally
+    kept: Tally
+    dropped: dict[str, Tally]
+    """By reason."""
+
+
 class Manifest(Section):
     """The description of a data set; the hash of its text is the data set's fingerprint."""
 
@@ -53,7 +85,9 @@ class Manifest(Section):
     request: dict[str, Any]
     """What was asked for: sources with their files, and the settings that shape the output."""
     documents: dict[str, int]
-    """Documents read, kept and skipped."""
+    """Documents read, kept and skipped: left out for any reason."""
+    sources: list[Source] = Field(default=[])
+    """The same by source and reason, in the order of `prepare.sources`."""
     splits: dict[Split, list[Shard]]
     """The shards of each split, in order."""
 
