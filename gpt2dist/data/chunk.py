@@ -24,7 +24,7 @@ from gpt2dist.config import PrepareSection, Section
 from gpt2dist.data import near, sources, tokenizer
 from gpt2dist.data.encode import CannotEncode, encode
 from gpt2dist.data.readers import RAW_BYTES, BadRecord, Document, Reader, Tokens
-from gpt2dist.data.shards import TOKEN_DTYPE, Shard, Split, Tally, npy_header
+from gpt2dist.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, Split, Tally, npy_header
 from gpt2dist.data.sources import Piece
 from gpt2dist.storage import publish, publish_file, sha256_of, stage
 
@@ -47,6 +47,9 @@ class Part(Section):
     prefixes: list[int]
     """Documents by the first byte of their hash."""
     bad: int
+    """Bad records in the part's file of them."""
+    deduplicated: bool = False
+    """The duplicates were taken out of the shards; the other files and counts are as before."""
 
 
 class BadRecordFound(Exception):
@@ -122,11 +125,16 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
 
 
 def read_part(output: str, index: int) -> Part | None:
-    """What `tokenize_chunk` returned, where it was finished."""
+    """The last outcome of a chunk's tasks, where its shards are there in their size."""
+    out = UPath(output)
     try:
-        return Part.model_validate_json((UPath(output) / PARTS / f"{index:05d}.json").read_bytes())
+        part = Part.model_validate_json((out / PARTS / f"{index:05d}.json").read_bytes())
+        for shard in (shard for shards in part.shards.values() for shard in shards):
+            if (out / shard.file).stat().st_size != shard.bytes:
+                return None
     except (FileNotFoundError, ValidationError):
         return None
+    return part
 
 
 def read_documents(output: str, index: int, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
@@ -137,13 +145,7 @@ def read_documents(output: str, index: int, start: int = 0, stop: int | None = N
 
 
 def drop_documents(part: Part, drop: npt.NDArray[np.bool_], p: PrepareSection) -> Part:
-    """Take documents out of a chunk's shards: `drop` is bool [documents of the chunk].
-
-    A shard that has its new length already was done before the preparation was killed.
-
-    Raises:
-        OSError: a shard is missing or of another length.
-    """
+    """Take documents out of a chunk's shards: `drop` is bool [documents of the chunk]."""
     documents = read_documents(p.output, part.index)
     documents = documents[np.argsort(documents["index"])]
     shards: dict[Split, list[Shard]] = {"train": [], "val": []}
@@ -155,7 +157,9 @@ def drop_documents(part: Part, drop: npt.NDArray[np.bool_], p: PrepareSection) -
             at += shard.documents
             if new := _shrink(UPath(p.output) / shard.file, shard, keep[here], tokens[here]):
                 shards[split].append(new)
-    return part.model_copy(update={"shards": shards})
+    part = part.model_copy(update={"shards": shards, "deduplicated": True})
+    publish(UPath(p.output) / PARTS / f"{part.index:05d}.json", part.model_dump_json().encode())
+    return part
 
 
 def _shrink(path: UPath, shard: Shard, keep: npt.NDArray[np.bool_], tokens: npt.NDArray[np.int64]) -> Shard | None:
@@ -165,21 +169,11 @@ def _shrink(path: UPath, shard: Shard, keep: npt.NDArray[np.bool_], tokens: npt.
     if not left:
         path.unlink(missing_ok=True)
         return None
-    header = npy_header(left)
-    size = path.stat().st_size
-    if size == shard.bytes:
-        data = path.read_bytes()
-        ids = np.frombuffer(data, dtype=TOKEN_DTYPE, offset=len(header))
-        publish(path, header + ids[np.repeat(keep, tokens)].tobytes())
-    elif size != len(header) + 2 * left:
-        raise OSError(f"{path}: changed since it was written; remove the directory and prepare again")
-    return Shard(
-        file=shard.file,
-        tokens=left,
-        documents=int(keep.sum()),
-        bytes=len(header) + 2 * left,
-        sha256=sha256_of(path),
-    )
+    ids = np.frombuffer(path.read_bytes(), dtype=TOKEN_DTYPE, offset=HEADER_BYTES)
+    data = npy_header(left) + ids[np.repeat(keep, tokens)].tobytes()
+    publish(path, data)
+    sha = hashlib.sha256(data).hexdigest()
+    return Shard(file=path.name, tokens=left, documents=int(keep.sum()), bytes=len(data), sha256=sha)
 
 
 def _encode(record: Document | BadRecord, encoding: tiktoken.Encoding) -> BadRecord | tuple[str, list[Tokens]]:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 PERMUTATIONS = 128
 SHINGLE_WORDS = 5
+SCHEME = "affine32"
+"""Of the hash functions; fixed, so that a newer datasketch gives the same result."""
 _WORD = re.compile(r"\w+")
 _BATCH = 4096
 
@@ -21,10 +23,10 @@ def signature(text: str) -> Signature:
     """MinHash of a text's sequences of 5 words, in lower case: uint32 [PERMUTATIONS]."""
     from datasketch import MinHash  # it brings scipy: only where it is used
 
-    minhash = MinHash(num_perm=PERMUTATIONS, seed=1)
+    minhash = MinHash(num_perm=PERMUTATIONS, seed=1, scheme=SCHEME)
     words = (match.group().lower().encode() for match in _WORD.finditer(text))
     window = list(islice(words, SHINGLE_WORDS))
-    batch = [b" ".join(window)]
+    batch = [b" ".join(window) or text.encode()]  # a text without words stands for itself
     for word in words:
         window = [*window[1:], word]
         batch.append(b" ".join(window))
@@ -50,7 +52,7 @@ class NearIndex:
         """Add a document, unless it is nearly the same as one that is there; returns whether it was added."""
         from datasketch import MinHash
 
-        minhash = MinHash(num_perm=PERMUTATIONS, seed=1, hashvalues=document.astype(np.uint64))
+        minhash = MinHash(num_perm=PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=document.astype(np.uint64))
         for i in self.index.query(minhash):
             if np.mean(self.kept[i] == document) >= self.threshold:
                 return False

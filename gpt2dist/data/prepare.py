@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +91,7 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
     absolute = run.absolute().prepare  # Ray's workers may have another working directory
     _begin(p, request)
 
-    parts = {i: part for i in _part_numbers(p) if i < len(chunks) and (part := _usable(p, i))}
+    parts = _finished(p, len(chunks))
     sizes = [sum(piece.stop - piece.start for piece in pieces) for pieces in chunks]
     state = Progress(total_bytes=sum(sizes))
     for part in parts.values():
@@ -127,15 +128,15 @@ def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
     publish(path, text)
 
 
-def _part_numbers(p: PrepareSection) -> list[int]:
+def _finished(p: PrepareSection, chunks: int) -> dict[int, Part]:
+    """The parts that an earlier attempt finished, whose shards are there."""
     names = (path.name for path in (UPath(p.output) / PARTS).iterdir())
-    return [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
-
-
-def _usable(p: PrepareSection, index: int) -> Part | None:
-    part = chunk.read_part(p.output, index)
+    numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
+    with ThreadPoolExecutor(16) as threads:  # many small reads, of an object store perhaps
+        parts = threads.map(lambda i: chunk.read_part(p.output, i), [i for i in numbers if i < chunks])
     stdlib = sources.STDLIB in p.sources  # whose bad records are always skipped
-    return None if part and part.bad and p.on_bad_record == "fail" and not stdlib else part
+    usable = (part for part in parts if part and not (part.bad and p.on_bad_record == "fail" and not stdlib))
+    return {part.index: part for part in usable}
 
 
 def _advance(state: Progress, part: Part, size: int) -> Progress:
@@ -191,6 +192,8 @@ def _deduplicated(p: PrepareSection, parts: list[Part], chunks: list[list[Piece]
         drops = {reason: drop[part.index] for reason, drop in found.items() if drop[part.index].any()}
         if drops:
             out[part.index] = _recounted(p, part, drops)
+            if part.deduplicated:  # before this preparation was killed
+                continue
             packed = np.packbits(np.logical_or.reduce(list(drops.values()))).tobytes()
             rows.append({"index": part.index, "drop": packed, "part": part.model_dump_json()})
     for row in execute(_drop, rows, p) if rows else ():

@@ -303,7 +303,7 @@ def _token_header(head: bytes, size: int) -> tuple[int, str]:
             return 0, f"{size:,} bytes, but its header says {int(fields[2]):,} tokens"
         return LLMC_HEADER, ""
     if size % 2 or len(head) < 2:
-        return 0, f"{min(size, max(1, len(head))) if len(head) < 2 else size:,} bytes: not a file of uint16 tokens"
+        return 0, f"{size if head else 0:,} bytes: not a file of uint16 tokens"
     return 0, ""
 
 
