@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -59,10 +60,8 @@ def kill(process: subprocess.Popen[str]) -> None:
     """As when the machine goes: the command and every process that it started."""
     family = [*psutil.Process(process.pid).children(recursive=True), process]
     for member in family:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
     process.communicate(timeout=30)
 
 
