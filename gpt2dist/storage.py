@@ -67,6 +67,20 @@ def publish_file(temporary: Path, path: UPath) -> None:
     os.replace(temporary, path)
 
 
+def children(path: UPath) -> list[UPath]:
+    """What lies in a directory; nothing where there is none."""
+    try:
+        return sorted(path.iterdir(), key=str)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def forget_listings(path: UPath) -> None:
+    """Object stores' clients remember directories: other processes have written there since."""
+    if not is_local(path):
+        path.fs.invalidate_cache()
+
+
 def remove_tree(path: UPath) -> None:
     """Delete a directory and all in it; nothing happens where there is none."""
     if is_local(path):

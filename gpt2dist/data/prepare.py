@@ -27,7 +27,7 @@ from gpt2dist.data import chunk, dedup, readers, sources, tokenizer
 from gpt2dist.data.chunk import PARTS, BadRecordFound, Part
 from gpt2dist.data.shards import MANIFEST, Manifest, Shard, Source, Split, Tally, read_manifest, write_manifest
 from gpt2dist.data.sources import Piece
-from gpt2dist.storage import check_writable, publish, publish_file, remove_tree, stage
+from gpt2dist.storage import check_writable, children, forget_listings, publish, publish_file, remove_tree, stage
 
 QUARANTINE = "quarantine.jsonl"
 Rows = list[dict[str, Any]]
@@ -107,6 +107,7 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
         parts[part.index] = part
         state = _advance(state, part, sizes[part.index])
         on_progress(state)
+    forget_listings(UPath(p.output))
     ordered = [parts[i] for i in range(len(chunks))]
     if p.dedup != "none":
         on_progress(replace(state, step="removing duplicates"))
@@ -122,7 +123,7 @@ def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
     if path.exists() and path.read_bytes() == text:
         return
     remove_tree(path.parent)
-    for old in UPath(p.output).iterdir():
+    for old in children(UPath(p.output)):
         if re.fullmatch(r"\.?(train|val)-\d+.*\.npy.*", old.name):
             old.unlink()
     publish(path, text)
@@ -130,7 +131,7 @@ def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
 
 def _finished(p: PrepareSection, chunks: int) -> dict[int, Part]:
     """The parts that an earlier attempt finished, whose shards are there."""
-    names = (path.name for path in (UPath(p.output) / PARTS).iterdir())
+    names = (path.name for path in children(UPath(p.output) / PARTS))
     numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
     with ThreadPoolExecutor(16) as threads:  # many small reads, of an object store perhaps
         parts = threads.map(lambda i: chunk.read_part(p.output, i), [i for i in numbers if i < chunks])
@@ -239,7 +240,7 @@ def _finish(p: PrepareSection, request: dict[str, Any], parts: list[Part], chunk
     _write_quarantine(p, parts, chunks)
     write_manifest(UPath(p.output), manifest)
     remove_tree(UPath(p.output) / PARTS)
-    for old in UPath(p.output).iterdir():  # unfinished shards of tasks that were killed
+    for old in children(UPath(p.output)):  # unfinished shards of tasks that were killed
         if re.fullmatch(r"\.(train|val)-\d+.*\.npy\.\w+", old.name):
             old.unlink()
     return manifest

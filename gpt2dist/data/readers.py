@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from pydantic_core import from_json
 
 from gpt2dist.data import sources
 from gpt2dist.data.sources import Piece
@@ -100,24 +102,33 @@ class Reader:
                 if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                     position += _skip_line(f)
                 self.lines += 1
-                if line.strip():
-                    yield self._json(self.lines, line)
+                if not line.isspace():
+                    record = self._json(self.lines, line)
+                    del line  # it may be huge
+                    yield record
 
     def _json(self, number: int, line: bytes) -> Document | BadRecord:
         raw = line[:RAW_BYTES]
         if len(line) > MAX_RECORD_BYTES:
             return BadRecord(number, "too large", f"over {MAX_RECORD_BYTES >> 20} MiB", raw)
+        strict = True
         try:
-            record: Any = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as e:
-            return BadRecord(number, "invalid UTF-8", f"byte {e.start}", raw)
-        except json.JSONDecodeError as e:
-            return BadRecord(number, "broken JSON", f"{e.msg} at column {e.colno}", raw)
-        except (ValueError, RecursionError) as e:  # a number of thousands of digits; deep nesting
-            return BadRecord(number, "broken JSON", str(e), raw)
+            record: Any = from_json(line)  # without a decoded copy of the line; refuses lone surrogates
+        except ValueError:  # let the standard library judge, and say what is wrong
+            strict = False
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as e:
+                return BadRecord(number, "invalid UTF-8", f"byte {e.start}", raw)
+            except json.JSONDecodeError as e:
+                return BadRecord(number, "broken JSON", f"{e.msg} at column {e.colno}", raw)
+            except (ValueError, RecursionError) as e:  # a number of thousands of digits; deep nesting
+                return BadRecord(number, "broken JSON", str(e), raw)
         text = record.get(self.field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             return BadRecord(number, "no text", f"no string in field {self.field!r}", raw)
+        if surrogate := not strict and _SURROGATE.search(text):
+            return BadRecord(number, "lone surrogate", f"character {surrogate.start()}", raw)
         return _checked(number, text, raw)
 
     def _parquet(self) -> Iterator[Document | BadRecord]:
@@ -250,6 +261,7 @@ def lines_before(piece: Piece) -> int:
     return count
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError)
 
 
@@ -276,11 +288,6 @@ def _checked(number: int, text: str, raw: bytes) -> Document | BadRecord:
         return BadRecord(number, "empty", raw=raw)
     if "\0" in text:
         return BadRecord(number, "NUL character", f"character {text.index(chr(0))}", raw)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            return BadRecord(number, "lone surrogate", f"character {e.start}", raw)
     return Document(number, text)
 
 

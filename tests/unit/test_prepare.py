@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from gpt2dist.config import UserError
 from gpt2dist.data import dedup, encode, tokenizer
+from gpt2dist.data.inspection import verify
 from gpt2dist.data.prepare import is_up_to_date, prepare
+from gpt2dist.data.shards import read_manifest
 from tests.unit.corpora import (
     contents,
     failure,
@@ -265,3 +267,20 @@ def test_a_shard_that_was_lost_between_two_attempts_is_noticed(tmp_path: Path) -
     clean = prepare_run(tmp_path, source, shard_mb=0.001, output="clean")
     run_prepare(clean)
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_output_on_an_object_store(tmp_path: Path) -> None:
+    """fsspec's memory file system stands for one: no directories, no renames, no appends."""
+    import fsspec
+
+    settings: dict[str, Any] = {"on_bad_record": "skip", "val_fraction": 0.1, "shard_mb": 0.004}
+    run = prepare_run(tmp_path, *corpus(tmp_path), **settings)
+    run_prepare(run)
+    local = contents(tmp_path / "out")
+    remote = run.model_copy(update={"prepare": run.prepare.model_copy(update={"output": "memory://bucket/out"})})
+    with pytest.raises(Stopped):
+        prepare(remote, lambda _: None, Tasks(5))
+    prepare(remote, lambda _: None, Tasks())
+    fs = fsspec.filesystem("memory")
+    assert {path.removeprefix("/bucket/out/"): fs.cat(path) for path in fs.find("/bucket/out")} == local
+    assert list(verify("memory://bucket/out", read_manifest("memory://bucket/out")))
