@@ -23,9 +23,10 @@ from upath import UPath
 from gpt2dist.config import PrepareSection, Section
 from gpt2dist.data import near, sources, tokenizer
 from gpt2dist.data.encode import CannotEncode, encode
-from gpt2dist.data.readers import RAW_BYTES, BadRecord, Document, Reader, Tokens
+from gpt2dist.data.readers import RAW_BYTES, BadRecord, Document, Reader
 from gpt2dist.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, Split, Tally, npy_header
 from gpt2dist.data.sources import Piece
+from gpt2dist.data.token_files import Tokens
 from gpt2dist.storage import publish, publish_file, sha256_of, stage
 
 PARTS = "parts"
@@ -66,7 +67,8 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
 
     Raises:
         BadRecordFound: the first bad record, unless they are to be skipped.
-        OSError: a source cannot be read, or the output not written.
+        CannotRead: a source.
+        OSError: the output cannot be written.
     """
     out = UPath(p.output)
     encoding = tokenizer.load(p.vocab_dir)

@@ -159,7 +159,7 @@ def _tokenize(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
     except BadRecordFound as e:
         where = {"piece": e.piece, "line": e.record.line, "reason": e.record.reason, "detail": e.record.detail}
         return {"index": row["index"], "part": "", "bad": json.dumps(where), "error": ""}
-    except OSError as e:
+    except (readers.CannotRead, OSError) as e:
         return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
     return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
 

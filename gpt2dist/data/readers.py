@@ -10,24 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import numpy as np
-import numpy.typing as npt
+import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError
 from fsspec.core import url_to_fs
 from pydantic_core import from_json
 
 from gpt2dist.data import sources
 from gpt2dist.data.sources import Piece
-from gpt2dist.data.tokenizer import EOT, N_VOCAB
+from gpt2dist.data.token_files import HEADER_BYTES, Joined, Tokens, header_of, token_blocks, token_documents
+from gpt2dist.data.tokenizer import N_VOCAB
 
 MAX_RECORD_BYTES = 1 << 30
 """A longer line, text file or token document is a bad record: it would have to fit in memory."""
 RAW_BYTES = 1000
 """Of a bad record, kept for the quarantine file."""
 UNITS = {"lines": "line", "parquet": "row", "tokens": "document"}
-LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
-Tokens = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,15 @@ class BadRecord:
     """How the record begins."""
 
 
+class CannotRead(Exception):
+    """The storage does not deliver the file."""
+
+
 class Reader:
     """Iterates over the documents and bad records of a piece, in order.
 
     Raises:
-        OSError: the file cannot be read (which is not the file's content being bad).
+        CannotRead: the file cannot be read (which is not the file's content being bad).
     """
 
     def __init__(self, piece: Piece, text_field: str) -> None:
@@ -71,9 +74,10 @@ class Reader:
         read = {"lines": self._lines, "parquet": self._parquet, "tokens": self._tokens, "topics": self._topics}
         try:
             yield from read.get(self.piece.kind, self._text_file)()
-        except OSError as e:
-            if not _is_damage(e):
-                raise
+        except (OSError, aiohttp.ClientError, BotoCoreError) as e:
+            if not isinstance(e, OSError) or not _is_damage(e):
+                path = sources.without_secrets(self.piece.path)
+                raise CannotRead(f"{path}: cannot be read: {getattr(e, 'strerror', None) or _one_line(e)}") from e
             yield BadRecord(self.lines + 1 if self.piece.kind == "lines" else 0, "damaged file", str(e))
 
     def _topics(self) -> Iterator[Document]:
@@ -194,9 +198,9 @@ class Reader:
     def _tokens(self) -> Iterator[Document | BadRecord]:
         piece = self.piece
         with open_piece(piece) as f:
-            head = f.read(LLMC_HEADER)
+            head = f.read(HEADER_BYTES)
             size = None if piece.whole else f.seek(0, io.SEEK_END)
-            header, problem = _token_header(head, size if size is not None else piece.stop)
+            header, problem = header_of(head, size if size is not None else piece.stop)
             if problem:
                 if piece.start == 0:
                     yield BadRecord(0, "damaged file", problem, head[:RAW_BYTES])
@@ -205,11 +209,11 @@ class Reader:
             first, stop = (max(0, b - header + 1) // 2 for b in (piece.start, piece.stop))
             before = max(0, first - 1)
             if piece.whole:
-                blocks = _token_blocks(_Joined(head[header:], f))
+                blocks = token_blocks(Joined(head[header:], f))
             else:
                 f.seek(header + 2 * before)
-                blocks = _token_blocks(f)
-            for at, ids in _token_documents(blocks, before):
+                blocks = token_blocks(f)
+            for at, ids in token_documents(blocks, before, MAX_RECORD_BYTES):
                 if at < first:
                     continue  # began in the range before
                 if at >= stop:
@@ -218,17 +222,6 @@ class Reader:
                     continue  # llm.c puts <|endoftext|> before each document, nanoGPT after: no document in front of it
                 self.lines += 1
                 yield _checked_tokens(self.lines, ids)
-
-
-class _Joined:
-    """Bytes that were read already, then the rest of a stream that cannot seek."""
-
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self.head, self.rest = head, rest
-
-    def read(self, n: int) -> bytes:
-        head, self.head = self.head, b""
-        return head + self.rest.read(n - len(head))
 
 
 def open_piece(piece: Piece) -> BinaryIO:
@@ -298,51 +291,6 @@ def _group_start(group: Any, size: int) -> int:
     if column.has_dictionary_page and column.dictionary_page_offset is not None:
         start = min(start, column.dictionary_page_offset)
     return int(min(max(0, start), size - 1))
-
-
-def _token_header(head: bytes, size: int) -> tuple[int, str]:
-    """(bytes of the header, what is wrong with the file)."""
-    fields = np.frombuffer(head[:12].ljust(12, b"\0"), dtype="<i4")
-    if fields[0] == LLMC_MAGIC:
-        if fields[1] != LLMC_VERSION:
-            return 0, f"llm.c version {fields[1]}; known: {LLMC_VERSION}"
-        if size != LLMC_HEADER + 2 * int(fields[2]):
-            return 0, f"{size:,} bytes, but its header says {int(fields[2]):,} tokens"
-        return LLMC_HEADER, ""
-    if size % 2 or len(head) < 2:
-        return 0, f"{size if head else 0:,} bytes: not a file of uint16 tokens"
-    return 0, ""
-
-
-def _token_blocks(f: Any) -> Iterator[Tokens]:
-    rest = b""
-    while data := f.read(1 << 22):
-        data = rest + data
-        even = len(data) & ~1
-        rest = data[even:]
-        yield np.frombuffer(data[:even], dtype="<u2")
-
-
-def _token_documents(blocks: Iterator[Tokens], at: int) -> Iterator[tuple[int, Tokens | None]]:
-    """(position of its first token, tokens) of what stands between <|endoftext|>s; None: too large to hold.
-
-    The last one is left out where the file ends with <|endoftext|>.
-    """
-    held: list[Tokens] = []
-    length = 0
-    for block in blocks:
-        begin = 0
-        for end in [*np.flatnonzero(block == EOT).tolist(), None]:
-            part = block[begin:end]
-            length += len(part)
-            if 2 * length <= MAX_RECORD_BYTES:
-                held.append(part)
-            if end is not None:
-                yield at, np.concatenate(held) if 2 * length <= MAX_RECORD_BYTES else None
-                at += length + 1
-                held, length, begin = [], 0, end + 1
-    if length:
-        yield at, np.concatenate(held) if 2 * length <= MAX_RECORD_BYTES else None
 
 
 def _checked_tokens(number: int, ids: Tokens | None) -> Document | BadRecord:

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -54,7 +54,15 @@ def inventory(prepare: PrepareSection) -> list[Piece]:
     """All files that `prepare.sources` names, sorted within each source. Raises `UserError`."""
     if not prepare.sources:
         raise UserError("prepare.sources: empty; name files, directories, globs, URLs or builtin:stdlib")
-    return [piece for i, source in enumerate(prepare.sources) for piece in _expand(source, i)]
+    output = _full(prepare.output) + "/"
+    for source in prepare.sources:
+        if output.startswith(_full(source) + "/"):
+            raise UserError(f"prepare.output: {prepare.output} lies in the source {without_secrets(source)}")
+    pieces = [piece for i, source in enumerate(prepare.sources) for piece in _expand(source, i)]
+    for piece in pieces:
+        if prepare.output and _full(piece.path).startswith(output):
+            raise UserError(f"prepare.sources: {without_secrets(piece.path)} lies in prepare.output")
+    return pieces
 
 
 def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
@@ -76,8 +84,7 @@ def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
 
 def absolute(piece: Piece) -> Piece:
     """The same piece for a process with another working directory."""
-    path = piece.path if "://" in piece.path else os.path.abspath(piece.path)
-    return Piece(**{**asdict(piece), "path": path})
+    return replace(piece, path=_full(piece.path))
 
 
 def to_json(pieces: list[Piece]) -> str:
@@ -96,6 +103,10 @@ def without_secrets(location: str) -> str:
         return location
     parts = urlsplit(location)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _full(location: str) -> str:
+    return location.rstrip("/") if "://" in location else os.path.abspath(location)
 
 
 def _expand(source: str, index: int) -> list[Piece]:

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2dist.config import UserError
 from gpt2dist.data import readers, sources, tokenizer
-from gpt2dist.data.readers import BadRecord, Document, Reader
+from gpt2dist.data.readers import BadRecord, CannotRead, Document, Reader
 from gpt2dist.data.sources import Piece
 from tests.unit.corpora import failure, ids_of, lines, prepare_run, quarantine, run_prepare, texts_of, write
 
@@ -394,8 +395,18 @@ def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanished_is_not_a_bad_record(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CannotRead, match=r"gone\.txt: cannot be read: No such file"):
         list(Reader(Piece(str(tmp_path / "gone.txt"), "text", 0, 5), "text"))
+
+
+def test_output_and_sources_must_not_overlap(tmp_path: Path) -> None:
+    write(tmp_path / "corpus/a.txt", b"text")
+    inside = prepare_run(tmp_path, str(tmp_path / "corpus"), output="corpus/out")
+    with pytest.raises(UserError, match="lies in the source"):
+        run_prepare(inside)
+    write(tmp_path / "out/b.txt", b"text")
+    with pytest.raises(UserError, match=r"b\.txt lies in prepare\.output"):
+        run_prepare(prepare_run(tmp_path, str(tmp_path / "*/*.txt")))
 
 
 RAW = st.one_of(
