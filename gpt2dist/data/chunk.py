@@ -49,6 +49,8 @@ class Part(Section):
     """Documents by the first byte of their hash."""
     bad: int
     """Bad records in the part's file of them."""
+    on_bad_record: str
+    """What they were to do."""
     deduplicated: bool = False
     """The duplicates were taken out of the shards; the other files and counts are as before."""
 
@@ -121,7 +123,15 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
     if bad:
         publish(parts / f"{index:05d}.bad.jsonl", "".join(bad).encode())
     prefixes = np.bincount((documents["hash"] >> np.uint64(56)).astype(np.int64), minlength=256).tolist()
-    part = Part(index=index, shards=shards, tallies=tallies, lines=lines, prefixes=prefixes, bad=len(bad))
+    part = Part(
+        index=index,
+        shards=shards,
+        tallies=tallies,
+        lines=lines,
+        prefixes=prefixes,
+        bad=len(bad),
+        on_bad_record=p.on_bad_record,
+    )
     publish(parts / f"{index:05d}.json", part.model_dump_json().encode())
     return part
 

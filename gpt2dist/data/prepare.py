@@ -135,9 +135,7 @@ def _finished(p: PrepareSection, chunks: int) -> dict[int, Part]:
     numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
     with ThreadPoolExecutor(16) as threads:  # many small reads, of an object store perhaps
         parts = threads.map(lambda i: chunk.read_part(p.output, i), [i for i in numbers if i < chunks])
-    stdlib = sources.STDLIB in p.sources  # whose bad records are always skipped
-    usable = (part for part in parts if part and not (part.bad and p.on_bad_record == "fail" and not stdlib))
-    return {part.index: part for part in usable}
+    return {part.index: part for part in parts if part and (not part.bad or part.on_bad_record == p.on_bad_record)}
 
 
 def _advance(state: Progress, part: Part, size: int) -> Progress:

@@ -234,6 +234,13 @@ def test_fail_then_skip_keeps_what_was_done(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
 
 
+def test_skip_then_fail_does_not_take_over_what_was_skipped(tmp_path: Path) -> None:
+    sources = corpus(tmp_path)
+    with pytest.raises(Stopped):
+        prepare(prepare_run(tmp_path, *sources, shard_mb=0.004, on_bad_record="skip"), lambda _: None, Tasks(12))
+    assert "a.jsonl: line " in failure(prepare_run(tmp_path, *sources, shard_mb=0.004))
+
+
 def test_parts_of_another_request_are_not_used(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", lines(*some_texts(300)))
     with pytest.raises(Stopped):
