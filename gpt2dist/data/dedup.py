@@ -18,7 +18,7 @@ from gpt2dist.config import PrepareSection
 from gpt2dist.data.chunk import DOCUMENT, PARTS, Part, read_documents
 from gpt2dist.data.near import PERMUTATIONS, NearIndex
 
-RANGE_DOCUMENTS = 8_000_000
+RANGE_DOCUMENTS = 4_000_000
 """Documents merged at a time: about 0.6 GB with what sorting needs."""
 Drops = dict[int, npt.NDArray[np.bool_]]
 """Chunk → bool [documents of the chunk]."""
