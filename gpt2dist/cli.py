@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,8 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     up_to_date = manifest is not None
     if manifest is None:
         check_writable(run.prepare.output)
-        log = Path(run.prepare.output) / "prepare.log"
+        remote = "://" in run.prepare.output
+        log = Path(tempfile.mkdtemp(prefix="gpt2dist-") if remote else run.prepare.output) / "prepare.log"
         cpus = run.prepare.cpus or os.cpu_count() or 1
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
@@ -99,6 +101,70 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     tables.prepared(console, manifest, run.prepare.output)
     if up_to_date:
         console.print("up to date: nothing to do")
+
+
+@main.group()
+def data() -> None:
+    """Verify or inspect a prepared data set."""
+
+
+@data.command("verify")
+@click.argument("location", metavar="DIR")
+@json_option
+@command
+def data_verify(location: str, as_json: bool) -> None:
+    """Compare size and sha256 of every shard of DIR with its manifest; exit code 1 if one differs.
+
+    \b
+    Example:
+      gpt2dist data verify data/stdlib
+    """
+    from rich.progress import track
+
+    from gpt2dist.data import inspection
+    from gpt2dist.data.shards import read_manifest
+
+    manifest = read_manifest(location)
+    total = sum(map(len, manifest.splits.values()))
+    found = track(
+        inspection.verify(location, manifest), "hashing", total, console=make_console(stderr=True), transient=True
+    )
+    checks = list(found)
+    damaged = [check for check in checks if check.problem]
+    if as_json:
+        click.echo(json.dumps([{"file": c.file, "valid": not c.problem, "reason": c.problem} for c in checks]))
+    else:
+        for check in damaged:
+            click.echo(f"DAMAGED: {location.rstrip('/')}/{check.file}: {check.problem}")
+        click.echo(f"{location}: {len(checks) - len(damaged)} of {len(checks)} shards are good")
+    if damaged:
+        sys.exit(1)
+
+
+@data.command("inspect")
+@click.argument("location", metavar="DIR")
+@json_option
+@command
+def data_inspect(location: str, as_json: bool) -> None:
+    """Show what the data set DIR holds: counts, lengths, sources, the first document.
+
+    \b
+    Example:
+      gpt2dist data inspect data/stdlib
+    """
+    from gpt2dist.data import inspection
+    from gpt2dist.data.shards import read_manifest
+    from gpt2dist.report import tables
+
+    manifest = read_manifest(location)
+    try:
+        result = inspection.inspect(location, manifest)
+    except OSError as e:
+        raise UserError(f"{location}: a shard cannot be read: {e}; see: gpt2dist data verify {location}") from None
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        tables.inspected(make_console(), manifest, result, location)
 
 
 @main.command()

@@ -36,15 +36,24 @@ class PrepareSection(Section):
     """[prepare] documents → token shards."""
 
     sources: list[str] = []
-    """`builtin:stdlib`, files (.txt, .md, .jsonl), directories or globs."""
+    """`builtin:stdlib`, files (.txt, .md, .jsonl, .json, also .gz or .zst; .parquet; .bin of tokens), directories,
+    globs; local or URLs (`s3://`, `https://`, …)."""
     text_field: str = "text"
-    """The field of a .jsonl record that holds the document."""
+    """The field of a JSON line, or the column of a .parquet, that holds the document."""
     output: str = ""
     """Directory of the prepared data set."""
     val_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of documents that go to the validation split, chosen by a hash of the text."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     """What a record that cannot be read does: stop with its file and line, or be counted and left out."""
+    dedup: Literal["none", "exact", "near"] = "exact"
+    """Of documents with the same text (`near`: with nearly the same words) only the first is kept."""
+    near_threshold: float = Field(default=0.8, gt=0, lt=1)
+    """With dedup = "near": share of common 5-word sequences (Jaccard) from which two documents count as the same."""
+    min_chars: int = Field(default=0, ge=0)
+    """Leave out documents with fewer characters."""
+    max_chars: int = Field(default=0, ge=0)
+    """Leave out documents with more characters; 0: no limit."""
     cpus: int | None = Field(default=None, ge=1)
     """Tokenize on this many cores; by default all of them."""
     shard_mb: float = Field(default=64.0, gt=0)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,40 @@ def publish(path: UPath, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def stage(path: UPath) -> Path:
+    """A name for a local file, to be written and then published as `path`: for files too large for `publish`."""
+    name = f".{path.name}.{uuid.uuid4().hex[:8]}"
+    if not is_local(path):
+        return Path(tempfile.gettempdir()) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Path(path.with_name(name))
+
+
+def publish_file(temporary: Path, path: UPath) -> None:
+    """Like `publish`, of a file that `stage` named."""
+    if not is_local(path):
+        path.fs.put_file(str(temporary), path.path)
+        temporary.unlink()
+        return
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def children(path: UPath) -> list[UPath]:
+    """What lies in a directory; nothing where there is none."""
+    try:
+        return sorted(path.iterdir(), key=str)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def forget_listings(path: UPath) -> None:
+    """Object stores' clients remember directories: other processes have written there since."""
+    if not is_local(path):
+        path.fs.invalidate_cache()
 
 
 def remove_tree(path: UPath) -> None:

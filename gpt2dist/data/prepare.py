@@ -1,29 +1,38 @@
-"""Documents → token shards, on Ray Data: read → tokenize → shard, one task a chunk of the sources.
+"""Documents → token shards, on Ray Data: read → tokenize → shard, one task a chunk of the sources; then duplicates out.
 
-A task writes its chunk's shards itself and returns only counts, so memory is bounded by the chunks in flight.
+A task writes its chunk's files itself and returns only counts, so memory is bounded by the documents in flight.
 Chunks depend on the sources' sizes alone; so neither the number of CPUs nor the order in which tasks finish
-changes a byte of the output. The manifest is written last: without it there is no data set.
+changes a byte of the output. A chunk whose part file is there is done: a killed preparation goes on after it.
+The manifest is written last: without it there is no data set.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 from upath import UPath
 
 from gpt2dist.config import PrepareSection, RunConfig, UserError
-from gpt2dist.data import sources, tokenizer
-from gpt2dist.data.shards import MANIFEST, TOKEN_DTYPE, Manifest, Shard, Split, read_manifest, write_manifest
-from gpt2dist.data.sources import BadRecord, Piece
-from gpt2dist.storage import check_writable, publish
+from gpt2dist.data import chunk, dedup, readers, sources, tokenizer
+from gpt2dist.data.chunk import PARTS, BadRecordFound, Part
+from gpt2dist.data.shards import MANIFEST, Manifest, Shard, Source, Split, Tally, read_manifest, write_manifest
+from gpt2dist.data.sources import Piece
+from gpt2dist.storage import check_writable, children, forget_listings, publish, publish_file, remove_tree, stage
+
+QUARANTINE = "quarantine.jsonl"
+Rows = list[dict[str, Any]]
+Execute = Callable[[Callable[..., dict[str, Any]], Rows, PrepareSection], Iterable[dict[str, Any]]]
+"""Runs function(row, prepare) for each row, in any order."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,8 @@ class Progress:
     documents: int = 0
     skipped: int = 0
     tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The outcome of `prepare`."""
-
-    manifest: Manifest
-    up_to_date: bool
-    """The data set was there already."""
+    step: str = ""
+    """What is being done after all bytes were read."""
 
 
 def is_up_to_date(run: RunConfig) -> Manifest | None:
@@ -69,8 +71,14 @@ def is_up_to_date(run: RunConfig) -> Manifest | None:
     return manifest
 
 
-def prepare(run: RunConfig, on_progress: Callable[[Progress], None]) -> Manifest:
-    """Tokenize `prepare.sources` into `prepare.output` on the running Ray cluster.
+def on_ray(function: Callable[..., dict[str, Any]], rows: Rows, p: PrepareSection) -> Iterator[dict[str, Any]]:
+    """Run a task for each row on Ray Data, on one CPU each."""
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(function, fn_args=(p,), num_cpus=1)
+    yield from dataset.iter_rows()
+
+
+def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Execute = on_ray) -> Manifest:
+    """Tokenize `prepare.sources` into `prepare.output`, by default on the running Ray cluster.
 
     Raises:
         UserError: nothing to read, a bad record (unless they are skipped), or the output is not writable.
@@ -79,115 +87,213 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None]) -> Manifest
     check_writable(p.output)
     pieces = sources.inventory(p)
     chunks = sources.cut(pieces, int(p.shard_mb * 1e6))
-    state = Progress(total_bytes=sum(piece.stop - piece.start for piece in pieces))
-    on_progress(state)
+    request = _request(p, pieces)
     absolute = run.absolute().prepare  # Ray's workers may have another working directory
+    _begin(p, request)
+
+    parts = _finished(p, len(chunks))
+    sizes = [sum(piece.stop - piece.start for piece in pieces) for pieces in chunks]
+    state = Progress(total_bytes=sum(sizes))
+    for part in parts.values():
+        state = _advance(state, part, sizes[part.index])
+    on_progress(state)
     rows = [
-        {
-            "index": i,
-            "pieces": sources.to_json([replace(c, path=os.path.abspath(c.path)) for c in chunk]),
-            "bytes": sum(c.stop - c.start for c in chunk),
-        }
-        for i, chunk in enumerate(chunks)
+        {"index": i, "pieces": sources.to_json([sources.absolute(piece) for piece in pieces])}
+        for i, pieces in enumerate(chunks)
+        if i not in parts
     ]
-    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(
-        _tokenize_chunk, fn_args=(absolute,), num_cpus=1
-    )
-    results: dict[int, dict[str, Any]] = {}
-    for row in dataset.iter_rows():
-        result = json.loads(row["result"])
-        if result["error"]:
-            raise UserError(f"{result['error']}; to leave such records out: --set prepare.on_bad_record=skip")
-        results[result["index"]] = result
-        state = replace(
-            state,
-            bytes=state.bytes + row["bytes"],
-            documents=state.documents + result["documents"],
-            skipped=state.skipped + result["skipped"],
-            tokens=state.tokens + sum(s["tokens"] for s in result["shards"].values()),
-        )
+    for row in execute(_tokenize, rows, absolute) if rows else ():
+        part = _part_of(row, chunks)
+        parts[part.index] = part
+        state = _advance(state, part, sizes[part.index])
         on_progress(state)
-    return _finish(p, pieces, [results[i] for i in sorted(results)])
+    forget_listings(UPath(p.output))
+    ordered = [parts[i] for i in range(len(chunks))]
+    if p.dedup != "none":
+        on_progress(replace(state, step="removing duplicates"))
+        ordered = _deduplicated(absolute, ordered, chunks, execute)
+    return _finish(p, request, ordered, chunks)
 
 
-def _finish(p: PrepareSection, pieces: list[Piece], results: list[dict[str, Any]]) -> Manifest:
+def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
+    """Keep the finished parts of a killed preparation if it was the same one; otherwise remove them."""
+    # What was done under "fail" had no bad record, so it is good under "skip" too.
+    text = json.dumps({k: v for k, v in request.items() if k != "on_bad_record"}, sort_keys=True).encode()
+    path = UPath(p.output) / PARTS / "request.json"
+    if path.exists() and path.read_bytes() == text:
+        return
+    remove_tree(path.parent)
+    for old in children(UPath(p.output)):
+        if re.fullmatch(r"\.?(train|val)-\d+.*\.npy.*", old.name):
+            old.unlink()
+    publish(path, text)
+
+
+def _finished(p: PrepareSection, chunks: int) -> dict[int, Part]:
+    """The parts that an earlier attempt finished, whose shards are there."""
+    names = (path.name for path in children(UPath(p.output) / PARTS))
+    numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
+    with ThreadPoolExecutor(16) as threads:  # many small reads, of an object store perhaps
+        parts = threads.map(lambda i: chunk.read_part(p.output, i), [i for i in numbers if i < chunks])
+    return {part.index: part for part in parts if part and (not part.bad or part.on_bad_record == p.on_bad_record)}
+
+
+def _advance(state: Progress, part: Part, size: int) -> Progress:
+    tallies = [(what, tally) for by_reason in part.tallies.values() for what, tally in by_reason.items()]
+    kept = [tally for what, tally in tallies if what == "kept"]
+    return replace(
+        state,
+        bytes=state.bytes + size,
+        documents=state.documents + sum(tally.documents for tally in kept),
+        skipped=state.skipped + sum(tally.documents for what, tally in tallies if what != "kept"),
+        tokens=state.tokens + sum(tally.tokens for tally in kept),
+    )
+
+
+def _tokenize(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
+    """A Ray task; errors travel as text, to end as one line."""
+    try:
+        part = chunk.tokenize_chunk(row["index"], sources.from_json(row["pieces"]), p)
+    except BadRecordFound as e:
+        where = {"piece": e.piece, "line": e.record.line, "reason": e.record.reason, "detail": e.record.detail}
+        return {"index": row["index"], "part": "", "bad": json.dumps(where), "error": ""}
+    except (readers.CannotRead, OSError) as e:
+        return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
+    return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
+
+
+def _part_of(row: dict[str, Any], chunks: list[list[Piece]]) -> Part:
+    if row["error"]:
+        raise UserError(f"prepare: {row['error']}")
+    if row["bad"]:
+        bad = json.loads(row["bad"])
+        piece = chunks[row["index"]][bad["piece"]]
+        where = _where(piece, bad["line"], readers.lines_before(piece))
+        detail = f" ({bad['detail']})" if bad["detail"] else ""
+        hint = "to leave such records out: --set prepare.on_bad_record=skip"
+        raise UserError(f"{where}: {bad['reason']}{detail}; {hint}")
+    return Part.model_validate_json(row["part"])
+
+
+def _where(piece: Piece, line: int, before: int) -> str:
+    path = sources.without_secrets(piece.path)
+    return f"{path}: {readers.UNITS[piece.kind]} {before + line}" if line else path
+
+
+def _deduplicated(p: PrepareSection, parts: list[Part], chunks: list[list[Piece]], execute: Execute) -> list[Part]:
+    """The parts without duplicates, which are counted by source."""
+    found = {"duplicate": dedup.exact_duplicates(p.output, parts)}
+    if p.dedup == "near":
+        found["near-duplicate"] = dedup.near_duplicates(p, parts, found["duplicate"])
+    out = {part.index: part for part in parts}
+    rows = []
+    for part in parts:
+        drops = {reason: drop[part.index] for reason, drop in found.items() if drop[part.index].any()}
+        if drops:
+            out[part.index] = _recounted(p, part, drops)
+            if part.deduplicated:  # before this preparation was killed
+                continue
+            packed = np.packbits(np.logical_or.reduce(list(drops.values()))).tobytes()
+            rows.append({"index": part.index, "drop": packed, "part": part.model_dump_json()})
+    for row in execute(_drop, rows, p) if rows else ():
+        new = _part_of(row, chunks)
+        out[new.index] = out[new.index].model_copy(update={"shards": new.shards})
+    return [out[part.index] for part in parts]
+
+
+def _recounted(p: PrepareSection, part: Part, drops: dict[str, npt.NDArray[np.bool_]]) -> Part:
+    documents = chunk.read_documents(p.output, part.index)
+    tallies = {source: dict(by_reason) for source, by_reason in part.tallies.items()}
+    for reason, drop in drops.items():
+        gone = documents[drop[documents["index"]]]
+        for source in np.unique(gone["source"]).tolist():
+            tokens = gone["tokens"][gone["source"] == source]
+            n, total = len(tokens), int(tokens.sum(dtype=np.int64))
+            tallies[source]["kept"] = tallies[source]["kept"].plus(-n, -total)
+            tallies[source][reason] = Tally(documents=n, tokens=total)
+    return part.model_copy(update={"tallies": tallies})
+
+
+def _drop(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
+    """A Ray task: take the duplicates out of a chunk's shards."""
+    part = Part.model_validate_json(row["part"])
+    drop = np.unpackbits(np.frombuffer(row["drop"], dtype=np.uint8), count=sum(part.prefixes)).astype(bool)
+    try:
+        part = chunk.drop_documents(part, drop, p)
+    except OSError as e:
+        return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
+    return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
+
+
+def _finish(p: PrepareSection, request: dict[str, Any], parts: list[Part], chunks: list[list[Piece]]) -> Manifest:
     splits: dict[Split, list[Shard]] = {"train": [], "val": []}
     for split, shards in splits.items():
-        shards.extend(Shard(**r["shards"][split]) for r in results if split in r["shards"])
+        shards.extend(shard for part in parts for shard in part.shards[split])
     if not splits["train"]:
         raise UserError("prepare.sources: no document went to the training split: the data set would be empty")
-    kept = sum(r["documents"] for r in results)
-    skipped = sum(r["skipped"] for r in results)
-    manifest = Manifest(
-        request=_request(p, pieces),
-        documents={"read": kept + skipped, "kept": kept, "skipped": skipped},
-        splits=splits,
-    )
+    counts = [_count(sources.without_secrets(name), i, parts) for i, name in enumerate(p.sources)]
+    read, kept = (sum(getattr(source, what).documents for source in counts) for what in ("read", "kept"))
+    documents = {"read": read, "kept": kept, "skipped": read - kept}
+    manifest = Manifest(request=request, documents=documents, sources=counts, splits=splits)
+    _write_quarantine(p, parts, chunks)
     write_manifest(UPath(p.output), manifest)
+    remove_tree(UPath(p.output) / PARTS)
+    for old in children(UPath(p.output)):  # unfinished shards of tasks that were killed
+        if re.fullmatch(r"\.(train|val)-\d+.*\.npy\.\w+", old.name):
+            old.unlink()
     return manifest
+
+
+def _count(name: str, source: int, parts: list[Part]) -> Source:
+    totals: dict[str, Tally] = {"kept": Tally()}
+    for part in parts:
+        for what, tally in part.tallies.get(source, {}).items():
+            totals[what] = totals.get(what, Tally()).plus(tally.documents, tally.tokens)
+    read = Tally()
+    for tally in totals.values():
+        read = read.plus(tally.documents, tally.tokens)
+    kept = totals.pop("kept")
+    return Source(name=name, read=read, kept=kept, dropped=totals)
+
+
+def _write_quarantine(p: PrepareSection, parts: list[Part], chunks: list[list[Piece]]) -> None:
+    """All bad records in the order of the sources, their lines counted from the start of the file."""
+    path = UPath(p.output) / QUARANTINE
+    if not any(part.bad for part in parts):
+        path.unlink(missing_ok=True)
+        return
+    temporary = stage(path)
+    with open(temporary, "w", encoding="utf-8") as f:
+        before: dict[tuple[int, str], int] = {}
+        for part in parts:
+            bad: dict[int, list[dict[str, Any]]] = {}
+            if part.bad:
+                text = (UPath(p.output) / PARTS / f"{part.index:05d}.bad.jsonl").read_text(encoding="utf-8")
+                for line in text.splitlines():
+                    record = json.loads(line)
+                    bad.setdefault(record.pop("piece"), []).append(record)
+            for number, (piece, lines) in enumerate(zip(chunks[part.index], part.lines, strict=True)):
+                key = (piece.source, piece.path)
+                for record in bad.get(number, ()):
+                    record["line"] = record["line"] and record["line"] + before.get(key, 0)
+                    f.write(json.dumps({"file": sources.without_secrets(piece.path), **record}) + "\n")
+                before[key] = before.get(key, 0) + lines
+    publish_file(temporary, path)
 
 
 def _request(p: PrepareSection, pieces: list[Piece]) -> dict[str, Any]:
     """What determines the output; files by name and size, so a copy elsewhere is the same request."""
-    files = "".join(f"{os.path.basename(piece.path)} {piece.stop}\n" for piece in pieces)
-    return {
-        "sources": list(p.sources),
+    names = (os.path.basename(sources.without_secrets(piece.path)) for piece in pieces)
+    files = "".join(f"{name} {piece.stop}\n" for name, piece in zip(names, pieces, strict=True))
+    request = {
+        "sources": [sources.without_secrets(source) for source in p.sources],
         "files": hashlib.sha256(files.encode()).hexdigest(),
         "text_field": p.text_field,
         "val_fraction": p.val_fraction,
         "on_bad_record": p.on_bad_record,
         "shard_mb": p.shard_mb,
+        "dedup": p.dedup,
+        "min_chars": p.min_chars,
+        "max_chars": p.max_chars,
     }
-
-
-def _tokenize_chunk(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
-    """One task: tokenize a chunk's documents, write its shards, return counts as JSON."""
-    encoding = tokenizer.load(p.vocab_dir)
-    end = np.array([tokenizer.EOT], dtype=TOKEN_DTYPE)
-    tokens: dict[Split, list[np.ndarray[Any, Any]]] = {"train": [], "val": []}
-    documents = skipped = 0
-    error = ""
-    for piece in sources.from_json(row["pieces"]):
-        # The standard library is not the user's to mend: what is no UTF-8 there is counted and left out.
-        skip = p.on_bad_record == "skip" or p.sources == [sources.STDLIB]
-        for document in sources.documents(piece, p.text_field):
-            if isinstance(document, BadRecord):
-                skipped += 1
-                error = error or ("" if skip else str(document))
-                continue
-            documents += 1
-            ids = encoding.encode_to_numpy(document, disallowed_special=()).astype(TOKEN_DTYPE)
-            tokens[_split_of(document, p.val_fraction)] += [ids, end]
-    shards = {}
-    for split, parts in tokens.items():
-        if parts and not error:
-            file = f"{split}-{row['index']:05d}.npy"
-            shards[split] = _write_shard(UPath(p.output) / file, np.concatenate(parts), len(parts) // 2)
-    result = {
-        "index": row["index"],
-        "error": error,
-        "documents": documents,
-        "skipped": skipped,
-        "shards": {split: shard.model_dump() for split, shard in shards.items()},
-    }
-    return {"result": json.dumps(result), "bytes": row["bytes"]}
-
-
-def _write_shard(path: UPath, tokens: np.ndarray[Any, Any], documents: int) -> Shard:
-    buffer = io.BytesIO()
-    np.save(buffer, tokens, allow_pickle=False)
-    data = buffer.getvalue()
-    publish(path, data)
-    return Shard(
-        file=path.name,
-        tokens=len(tokens),
-        documents=documents,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
-
-
-def _split_of(document: str, val_fraction: float) -> Split:
-    """By the document's own hash: adding files never moves a document between the splits."""
-    digest = hashlib.sha256(document.encode()).digest()
-    return "val" if int.from_bytes(digest[:8], "big") / 2**64 < val_fraction else "train"
+    return request | ({"near_threshold": p.near_threshold} if p.dedup == "near" else {})

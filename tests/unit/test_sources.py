@@ -1,0 +1,456 @@
+"""Every kind of source, and every kind of bad record and file with both policies."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2dist.config import UserError
+from gpt2dist.data import readers, sources, tokenizer
+from gpt2dist.data.readers import BadRecord, CannotRead, Document, Reader
+from gpt2dist.data.sources import Piece
+from tests.unit.corpora import failure, ids_of, lines, prepare_run, quarantine, run_prepare, texts_of, write
+
+EOT = 50256
+TEXTS = ["one fish", "two fish\nthree", "rot fisch — blau", "neun\u2028zehn", "x" * 500, "last"]
+
+
+def write_parquet(path: Path, texts: list[Any], field: str = "text", row_group_size: int = 2, **kwargs: Any) -> str:
+    table = pa.table({"id": list(range(len(texts))), field: texts})
+    pq.write_table(table, path, row_group_size=row_group_size, **kwargs)
+    return str(path)
+
+
+def write_nanogpt(path: Path, documents: list[list[int]]) -> str:
+    """As nanoGPT's data/openwebtext/prepare.py: ids of each document, then <|endoftext|>, all as uint16."""
+    path.write_bytes(b"".join(struct.pack(f"<{len(d) + 1}H", *d, EOT) for d in documents))
+    return str(path)
+
+
+def write_llmc(path: Path, documents: list[list[int]]) -> str:
+    """As llm.c's dev/data/data_common.py: 256 int32 of header, then <|endoftext|> and ids of each document."""
+    ids = [i for d in documents for i in (EOT, *d)]
+    path.write_bytes(struct.pack("<256i", 20240520, 1, len(ids), *[0] * 253) + struct.pack(f"<{len(ids)}H", *ids))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    run = prepare_run(tmp_path, write(tmp_path / name, lines(*TEXTS, field="body")), text_field="body")
+    run_prepare(run)
+    assert texts_of(run) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md", "txt.gz", "md.zst"])
+def test_text_files(tmp_path: Path, suffix: str) -> None:
+    for i, text in enumerate(TEXTS):
+        write(tmp_path / f"texts/{i}.{suffix}", text.encode())
+    run = prepare_run(tmp_path, str(tmp_path / "texts"))
+    run_prepare(run)
+    assert texts_of(run) == TEXTS
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"compression": "zstd"}, {"use_dictionary": False}, {"row_group_size": 1}])
+def test_parquet(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    run = prepare_run(tmp_path, write_parquet(tmp_path / "a.parquet", TEXTS, **kwargs), shard_mb=0.0005)
+    run_prepare(run)
+    assert texts_of(run) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_string_types(tmp_path: Path, kind: pa.DataType) -> None:
+    run = prepare_run(tmp_path, write_parquet(tmp_path / "a.parquet", pa.array(TEXTS).cast(kind)))
+    run_prepare(run)
+    assert texts_of(run) == TEXTS
+
+
+@pytest.mark.parametrize("shard_mb", [64.0, 0.0002])
+@pytest.mark.parametrize("writer", [write_nanogpt, write_llmc])
+def test_token_files_give_the_shards_of_the_same_texts(tmp_path: Path, writer: Any, shard_mb: float) -> None:
+    """Ours, nanoGPT's and llm.c's way to the same data set, both splits."""
+    texts = [f"document {i} " + "word " * i for i in range(40)]
+    encoding = tokenizer.load()
+    source = writer(tmp_path / "a.bin", [encoding.encode_ordinary(text) for text in texts])
+    theirs = prepare_run(tmp_path, source, val_fraction=0.3, shard_mb=shard_mb, output="theirs")
+    ours = prepare_run(tmp_path, write(tmp_path / "a.jsonl", lines(*texts)), val_fraction=0.3, output="ours")
+    run_prepare(theirs)
+    run_prepare(ours)
+    for split in ("train", "val"):
+        assert ids_of(theirs, split) == ids_of(ours, split)
+    assert len(texts_of(ours, "val")) > 3
+
+
+def test_token_file_without_separators_is_one_document(tmp_path: Path) -> None:
+    np.arange(1, 3000, dtype="<u2").tofile(tmp_path / "shakespeare.bin")
+    run = prepare_run(tmp_path, str(tmp_path / "shakespeare.bin"), shard_mb=0.001)
+    run_prepare(run)
+    assert ids_of(run) == [*range(1, 3000), EOT]
+
+
+def test_several_sources_globs_and_directories(tmp_path: Path) -> None:
+    write(tmp_path / "b/deep/2.txt", b"two")
+    write(tmp_path / "b/1.md", b"one")
+    write(tmp_path / "b/ignored.pdf", b"%PDF")
+    one = write(tmp_path / "z.jsonl", lines("zero"))
+    write_parquet(tmp_path / "c-1.parquet", ["three"])
+    write_parquet(tmp_path / "c-2.parquet", ["four"])
+    run = prepare_run(tmp_path, one, str(tmp_path / "b"), str(tmp_path / "c-*.parquet"))
+    manifest = run_prepare(run)
+    assert texts_of(run) == ["zero", "one", "two", "three", "four"]
+    assert [source.kept.documents for source in manifest.sources] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing*.txt", "no such file"),
+        ("a.pdf", "unknown kind of file"),
+        ("a.parquet.gz", "unknown kind of file"),
+        ("empty", "nothing in it that can be read"),
+        ("builtin:stdlub", "did you mean builtin:stdlib"),
+        ("nosuch://bucket/a.txt", "cannot be listed"),
+        ("http://127.0.0.1:9/a.txt", "cannot be listed"),
+    ],
+)
+def test_sources_that_cannot_be_read(tmp_path: Path, source: str, message: str) -> None:
+    for name in ("a.pdf", "a.parquet.gz", "empty/a.pdf"):
+        write(tmp_path / name, b"x")
+    run = prepare_run(tmp_path, source if ":" in source else str(tmp_path / source))
+    text = failure(run)
+    assert text.startswith(f"prepare.sources: {run.prepare.sources[0]}: ")
+    assert message in text
+
+
+@pytest.fixture
+def http_server(tmp_path: Path) -> Iterator[str]:
+    """Python's own, which has no range requests."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *a: None  # type: ignore[attr-defined]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.bin"])
+def test_http_without_ranges(tmp_path: Path, http_server: str, name: str) -> None:
+    documents = [[10, 11], [12], [13, 14, 15] * 999]
+    texts = [tokenizer.load().decode(d) for d in documents]
+    if name == "a.bin":
+        write_llmc(tmp_path / name, documents)
+    else:
+        write(tmp_path / name, lines(*texts) if "json" in name else texts[2].encode())
+    run = prepare_run(tmp_path, f"{http_server}/{name}?token=secret", shard_mb=0.0001)
+    run_prepare(run)
+    assert texts_of(run) == (texts if name != "a.txt" else texts[2:])
+    assert "secret" not in (tmp_path / "out/manifest.json").read_text()
+
+
+def test_memory_file_system_with_globs_and_ranges(tmp_path: Path) -> None:
+    """Any fsspec URL: here one with ranges."""
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/corpus/a.jsonl", lines(*TEXTS))
+    fs.pipe("/corpus/deep/b.txt", b"bee")
+    pq.write_table(pa.table({"text": ["p1", "p2", "p3"]}), "/corpus/c.parquet", filesystem=fs, row_group_size=1)
+    run = prepare_run(tmp_path, "memory://corpus", "memory://corpus/*.parquet", shard_mb=0.0001, dedup="none")
+    run_prepare(run)
+    assert texts_of(run) == [*TEXTS, "p1", "p2", "p3", "bee", "p1", "p2", "p3"]
+
+
+def test_secrets_of_urls_are_not_kept() -> None:
+    assert sources.without_secrets("https://u:pw@host:1/a.txt?X-Amz-Signature=s#f") == "https://host:1/a.txt"
+    assert sources.without_secrets("s3://bucket/a.txt") == "s3://bucket/a.txt"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=20),
+    blank=st.booleans(),
+    data=st.data(),
+)
+def test_any_cut_gives_the_same_lines(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], blank: bool, data: Any
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    path.write_bytes(lines(*texts) + (b"\n\n" if blank else b""))
+    whole = Piece(str(path), "lines", 0, max(1, path.stat().st_size), whole=False)
+    chunks = sources.cut([whole], data.draw(st.integers(1, 60)))
+    found, before = [], 0
+    for piece in (piece for chunk in chunks for piece in chunk):
+        reader = Reader(piece, "text")
+        found += [(before + d.line, getattr(d, "text", None)) for d in reader]
+        if piece.start < path.stat().st_size:
+            assert readers.lines_before(piece) == before
+        before += reader.lines
+    bad = [not t or t.isspace() or "\0" in t for t in texts]
+    assert found == [(i, None if b else t) for i, (t, b) in enumerate(zip(texts, bad, strict=True), 1)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=st.lists(st.lists(st.integers(0, 50255), max_size=6), max_size=12), data=st.data())
+def test_any_cut_gives_the_same_token_documents(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], data: Any
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "a.bin"
+    writer = data.draw(st.sampled_from([write_nanogpt, write_llmc]))
+    writer(path, documents)
+    whole = Piece(str(path), "tokens", 0, max(1, path.stat().st_size), whole=False)
+    expected = list(Reader(whole, ""))
+    found, before = [], 0
+    for piece in (piece for chunk in sources.cut([whole], data.draw(st.integers(1, 40))) for piece in chunk):
+        reader = Reader(piece, "")
+        found += [(before + d.line, ids(d)) for d in reader]
+        before += reader.lines
+    assert found == [(d.line, ids(d)) for d in expected]
+    full = [d for d in documents if d]
+    assert [ids(d) for d in expected if isinstance(d, Document)] == full
+
+
+def ids(record: Document | BadRecord) -> list[int] | str:
+    if isinstance(record, BadRecord):
+        return record.reason
+    assert record.tokens is not None
+    return record.tokens.tolist()
+
+
+GOOD = b'{"text": "good"}\n'
+BAD_LINES = {
+    "invalid UTF-8": b'{"text": "\xff\xfe"}',
+    "broken JSON": b'{"text": "half',
+    "broken JSON 2": b"[" * 100_000,
+    "broken JSON 3": b'{"text": ' + b"9" * 5000 + b"}",
+    "broken JSON 4": b"{'text': 'single'}",
+    "no text": b'{"body": "x"}',
+    "no text 2": b'{"text": 5}',
+    "no text 3": b'{"text": null}',
+    "no text 4": b'["text"]',
+    "no text 5": b'"text"',
+    "empty": b'{"text": ""}',
+    "empty 2": b'{"text": " \\n\\t"}',
+    "NUL character": b'{"text": "a\\u0000b"}',
+    "lone surrogate": b'{"text": "a\\ud800b"}',
+    "lone surrogate 2": b'{"text": "a\\udc00"}',
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_bad_lines(tmp_path: Path, case: str, name: str) -> None:
+    """The bad line is the 5th of 6, one of which is blank; small chunks, so that it is not in the first one."""
+    reason = case.rstrip(" 2345")
+    path = write(tmp_path / name, GOOD * 2 + b"\n" + GOOD + BAD_LINES[case] + b'\n{"text": "end"}\n')
+    text = failure(prepare_run(tmp_path, path, shard_mb=2e-5, output="fails"))
+    assert text.startswith(f"{path}: line 5: {reason}")
+    assert "prepare.on_bad_record=skip" in text
+    run = prepare_run(tmp_path, path, on_bad_record="skip", shard_mb=2e-5, dedup="none")
+    manifest = run_prepare(run)
+    assert texts_of(run) == ["good", "good", "good", "end"]
+    assert manifest.documents == {"read": 5, "kept": 4, "skipped": 1}
+    assert manifest.sources[0].dropped[reason].documents == 1
+    (record,) = quarantine(run)
+    assert (record["file"], record["line"], record["reason"]) == (path, 5, reason)
+    assert record["raw"].startswith(BAD_LINES[case][:9].decode())
+    assert len(record["raw"]) <= 1000 * len("\\xff")
+
+
+def _truncated(path: Path, share: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def _bad_files(tmp_path: Path) -> dict[str, tuple[str, str, int]]:
+    """Case → (file, reason, documents in it that are good)."""
+    many = [f"{i} {i * i:x} some text that does not compress so well {i**5}" for i in range(3000)]
+    cases: dict[str, tuple[str, str, int]] = {}
+    for name, share, good in (("cut.jsonl.gz", 0.5, -1), ("cut.jsonl.zst", 0.5, -1), ("tail.jsonl.gz", 0.999, -1)):
+        write(tmp_path / name, lines(*many))
+        _truncated(tmp_path / name, share)
+        cases[name] = str(tmp_path / name), "damaged file", good
+    for name in ("plain.jsonl.gz", "plain.txt.zst", "none.txt.gz", "none.jsonl.zst"):
+        (tmp_path / name).write_bytes(lines("not compressed at all") if "plain" in name else b"")
+        cases[name] = str(tmp_path / name), "empty" if name == "none.txt.gz" else "damaged file", 0
+    write_parquet(tmp_path / "cut.parquet", many)
+    _truncated(tmp_path / "cut.parquet", 0.7)
+    (tmp_path / "none.parquet").write_bytes(b"")
+    (tmp_path / "noise.parquet").write_bytes(b"PAR1" + b"\x15" * 200 + b"PAR1")
+    for name in ("cut.parquet", "none.parquet", "noise.parquet"):
+        cases[name] = str(tmp_path / name), "damaged file", 0
+    write_parquet(tmp_path / "other.parquet", ["a"], field="body")
+    write_parquet(tmp_path / "number.parquet", [1, 2])
+    cases["other.parquet"] = str(tmp_path / "other.parquet"), "no text", 0
+    cases["number.parquet"] = str(tmp_path / "number.parquet"), "no text", 0
+    return cases | _bad_token_files(tmp_path)
+
+
+def _bad_token_files(tmp_path: Path) -> dict[str, tuple[str, str, int]]:
+    def file(name: str, data: bytes) -> str:
+        (tmp_path / name).write_bytes(data)
+        return str(tmp_path / name)
+
+    header = struct.pack("<256i", 20240520, 1, 3, *[0] * 253)
+    return {
+        "odd": (file("odd.bin", b"\1\0\2\0\3"), "damaged file", 0),
+        "one byte": (file("one.bin", b"\1"), "damaged file", 0),
+        "no bytes": (file("zero.bin", b""), "damaged file", 0),
+        "short": (file("short.bin", header + b"\1\0\2\0"), "damaged file", 0),
+        "version": (file("v7.bin", struct.pack("<256i", 20240520, 7, 1, *[0] * 253) + b"\1\0\0\0"), "damaged file", 0),
+        "range": (file("range.bin", struct.pack("<7H", 5, EOT, 6, 50257, EOT, 7, 8)), "token out of range", 2),
+        "empty doc": (file("hole.bin", struct.pack("<6H", 5, EOT, EOT, 6, 7, EOT)), "empty", 2),
+    }
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    filler = write(tmp_path / "good.jsonl", lines("a good one"))
+    for case, (path, reason, good) in _bad_files(tmp_path).items():
+        text = failure(prepare_run(tmp_path, filler, path, output=f"fail-{case}"))
+        assert text.startswith(path), case
+        assert reason in text, case
+        for shard_mb in (64.0, 0.001):
+            changes = {"on_bad_record": "skip", "output": f"skip-{case}-{shard_mb}", "shard_mb": shard_mb}
+            run = prepare_run(tmp_path, filler, path, **changes)
+            source = run_prepare(run).sources[1]
+            assert {r: t.documents for r, t in source.dropped.items()} == {reason: 1}, case
+            assert source.read.documents == source.kept.documents + 1, case
+            assert [r["file"] for r in quarantine(run)] == [path], case
+            assert good in (-1, source.kept.documents), case
+
+
+def test_a_damaged_page_costs_its_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, TEXTS, write_page_checksum=True, use_dictionary=False, compression="none")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"rot fisch", b"red fisch"))
+    run = prepare_run(tmp_path, str(path), on_bad_record="skip")
+    run_prepare(run)
+    assert texts_of(run) == [*TEXTS[:2], *TEXTS[4:]]
+    (record,) = quarantine(run)
+    assert "row group 1" in record["detail"]
+    assert record["line"] == 3
+
+
+def test_documents_before_the_damage_are_kept(tmp_path: Path) -> None:
+    texts = [f"{i} {i**7}" for i in range(50_000)]
+    path = write(tmp_path / "a.jsonl.gz", lines(*texts))
+    _truncated(tmp_path / "a.jsonl.gz", 0.5)
+    run = prepare_run(tmp_path, path, on_bad_record="skip")
+    run_prepare(run)
+    kept = texts_of(run)
+    assert 15_000 < len(kept) < 35_000
+    assert kept == texts[: len(kept)]
+    assert quarantine(run)[0]["line"] == len(kept) + 1
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", None, "  ", b"\xff\xfe"])
+def test_bad_parquet_values(tmp_path: Path, value: Any) -> None:
+    values = ["r1", "r2", value, "r4", "r5"]
+    column = pa.array([v if v is None or isinstance(v, bytes) else v.encode() for v in values], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 5, column.buffers())})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    text = failure(prepare_run(tmp_path, str(tmp_path / "a.parquet"), shard_mb=0.0001, output="fails"))
+    assert text.startswith(f"{tmp_path}/a.parquet: row 3: ")
+    run = prepare_run(tmp_path, str(tmp_path / "a.parquet"), shard_mb=0.0001, on_bad_record="skip")
+    run_prepare(run)
+    assert texts_of(run) == ["r1", "r2", "r4", "r5"]
+    assert [r["line"] for r in quarantine(run)] == [3]
+
+
+@pytest.mark.parametrize("data", [b"", b" \n ", b"abc\xff", b"a\0b"])
+def test_bad_text_files(tmp_path: Path, data: bytes) -> None:
+    path = write(tmp_path / "bad.txt", data)
+    good = write(tmp_path / "good.txt", b"good")
+    assert failure(prepare_run(tmp_path, path, good, output="fails")).startswith(f"{path}: ")
+    run = prepare_run(tmp_path, path, good, on_bad_record="skip")
+    assert run_prepare(run).documents == {"read": 2, "kept": 1, "skipped": 1}
+    assert texts_of(run) == ["good"]
+
+
+def test_out_of_range_token_names_the_document(tmp_path: Path) -> None:
+    documents = [[i, i + 1] for i in range(1, 100)] + [[65535]] + [[7]]
+    path = write_nanogpt(tmp_path / "a.bin", documents)
+    assert f"{path}: document 100: token out of range" in failure(prepare_run(tmp_path, path, shard_mb=0.0001))
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    text = write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")
+    json_lines = write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + lines("first", "second"))
+    run = prepare_run(tmp_path, text, json_lines)
+    run_prepare(run)
+    assert texts_of(run) == ["hello", "first", "second"]
+
+
+def test_a_file_that_vanished_is_not_a_bad_record(tmp_path: Path) -> None:
+    with pytest.raises(CannotRead, match=r"gone\.txt: cannot be read: No such file"):
+        list(Reader(Piece(str(tmp_path / "gone.txt"), "text", 0, 5), "text"))
+
+
+def test_output_and_sources_must_not_overlap(tmp_path: Path) -> None:
+    write(tmp_path / "corpus/a.txt", b"text")
+    inside = prepare_run(tmp_path, str(tmp_path / "corpus"), output="corpus/out")
+    with pytest.raises(UserError, match="lies in the source"):
+        run_prepare(inside)
+    write(tmp_path / "out/b.txt", b"text")
+    with pytest.raises(UserError, match=r"b\.txt lies in prepare\.output"):
+        run_prepare(prepare_run(tmp_path, str(tmp_path / "*/*.txt")))
+
+
+RAW = st.one_of(
+    st.binary(max_size=60),
+    st.sampled_from(list(BAD_LINES.values())).map(lambda b: b[:200]),
+    st.text(max_size=20).map(lambda t: json.dumps({"text": t}).encode()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(records=st.lists(RAW, max_size=8), name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.txt", "a.bin"]))
+def test_fuzz_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory, records: list[bytes], name: str) -> None:
+    tmp_path = tmp_path_factory.mktemp("fuzz")
+    data = b"\n".join(records)
+    path = write(tmp_path / name, data)
+    good = write(tmp_path / "good.txt", b"good one")
+    run = prepare_run(tmp_path, good, path, on_bad_record="skip", shard_mb=3e-5, dedup="none")
+    manifest = run_prepare(run)
+    source = manifest.sources[1]
+    assert source.read.documents == source.kept.documents + len(quarantine(run))
+    if "jsonl" in name:
+        assert source.read.documents == sum(bool(line.strip()) for line in data.split(b"\n"))
+    assert manifest.tokens("train") == len(ids_of(run))
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.bin"]), data=st.data())
+def test_fuzz_damaged_files(tmp_path_factory: pytest.TempPathFactory, name: str, data: Any) -> None:
+    """Flipped, cut and inserted bytes end as good and bad records, never as a traceback."""
+    tmp_path = tmp_path_factory.mktemp("fuzz")
+    if name == "a.parquet":
+        write_parquet(tmp_path / name, TEXTS)
+    elif name == "a.bin":
+        write_llmc(tmp_path / name, [[1, 2, 3], [4], [5, 6]])
+    else:
+        write(tmp_path / name, lines(*TEXTS))
+    content = bytearray((tmp_path / name).read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[at] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    (tmp_path / name).write_bytes(content)
+    good = write(tmp_path / "good.txt", b"good one")
+    run = prepare_run(tmp_path, good, str(tmp_path / name), on_bad_record="skip", dedup="none")
+    source = run_prepare(run).sources[1]
+    assert source.read.documents == source.kept.documents + len(quarantine(run))
+    if source.kept.documents < (3 if name == "a.bin" else len(TEXTS)) and name != "a.bin":
+        assert quarantine(run)
