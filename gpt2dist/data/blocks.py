@@ -21,7 +21,7 @@ from gpt2dist.data.shards import TokenSplit, read_manifest
 
 BLOCK_BYTES = 4_000_000
 """About this many bytes of tokens a block: a Ray task and an object-store transfer each."""
-MAX_BLOCK_STEPS = 32
+MAX_BLOCK_STEPS = 128
 Block = dict[str, npt.NDArray[Any]]
 """{"tokens": uint16 [rows, seq_len + 1], "sample": int64 [rows]}"""
 

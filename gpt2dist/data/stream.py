@@ -17,6 +17,10 @@ from ray.train import DataConfig
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import BlockPlan, BlockReader, StepBatch, split_blocks
 
+NUMBERS_PER_TASK = 1024
+"""Ray plans the first tasks of a dataset all at once, at 2 ms each: a block number a task would take minutes to
+start a long run. A streaming repartition then makes them one task a block."""
+
 
 class ExactStream(DataConfig):  # type: ignore[misc]
     """Ray Train asks this for the ranks' iterators at every start of the worker group."""
@@ -37,7 +41,8 @@ class ExactStream(DataConfig):  # type: ignore[misc]
     ) -> list[dict[str, DataIterator]]:
         """One iterator a rank, from the position of `start_step`, whatever datasets were given."""
         plan = BlockPlan.of(self.run, self.start_step(), world_size)
-        blocks = ray.data.range(plan.num_blocks, override_num_blocks=plan.num_blocks).map_batches(
+        numbers = ray.data.range(plan.num_blocks, override_num_blocks=-(-plan.num_blocks // NUMBERS_PER_TASK))
+        blocks = numbers.repartition(target_num_rows_per_block=1).map_batches(
             BlockReader(self.run, plan), batch_size=None, num_cpus=0.5
         )
         blocks.context.execution_options = self.default_ingest_options()
