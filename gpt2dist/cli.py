@@ -199,7 +199,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         console.print(f"{run.run_dir}: finished at step {ready.resume_step}; nothing to do")
     else:
         log = Path(run.run_dir) / "log.txt"
-        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 1)
+        # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
+        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 4)
         gpus = math.ceil(run.cluster.workers * run.cluster.gpus_per_worker)
         failure: launch.TrainingFailed | None = None
         with output_to_log(log) as terminal:
