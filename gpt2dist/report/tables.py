@@ -24,7 +24,9 @@ def size(number: float) -> str:
 
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """A two-column table."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    if title:
+        console.print(f"[bold]{title}[/bold]")
+    table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)

@@ -351,7 +351,11 @@ def _build_cpu_collectives() -> None:
 
 
 def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, Any]:
-    """Our typed config in DeepSpeed's words. Gradients are accumulated and summed in fp32."""
+    """Our typed config in DeepSpeed's words.
+
+    Gradients are summed over the ranks in fp32. Over a rank's micro-batches DeepSpeed accumulates them in the
+    working precision at stages 1 to 3; stage 0 does it in fp32.
+    """
     stage, precision, micro = run.train.zero_stage, run.train.precision, run.batch.micro_sequences
     return {
         "train_micro_batch_size_per_gpu": micro,
