@@ -273,16 +273,25 @@ def load_run(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         UserError: the file is missing or not TOML, or a key is unknown, missing or of the wrong type.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
+    return parse_toml(data, str(path), overrides)
+
+
+def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+    try:
+        table = tomllib.loads(data.decode())
+    except UnicodeDecodeError as e:
+        raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{path}: not valid TOML: {e}") from None
+        raise UserError(f"{source}: not valid TOML: {e}") from None
     for override in overrides:
         _apply_override(table, override)
-    return parse_run(table, str(path))
+    return parse_run(table, source)
 
 
 def parse_run(table: dict[str, Any], source: str) -> RunConfig:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 from upath import UPath
 
+from gpt2dist import storage
 from gpt2dist.config import Section, UserError
 from gpt2dist.storage import publish
 
@@ -114,9 +115,9 @@ def write_manifest(directory: UPath, manifest: Manifest) -> None:
 
 def read_manifest(location: str) -> Manifest:
     """The manifest of the data set at `location`. Raises `UserError` where there is none, or not a valid one."""
-    path = UPath(location) / MANIFEST
+    path = storage.location(location) / MANIFEST
     try:
-        text = path.read_bytes()
+        text = storage.read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{location}: not a prepared data set (no {MANIFEST}); run: gpt2dist prepare") from None
     except OSError as e:
@@ -193,7 +194,7 @@ class TokenSplit:
     def check_sizes(self) -> None:
         """Raises `UserError` that names a shard which is missing or not as long as the manifest says."""
         for shard in self.shards:
-            path = UPath(self.location) / shard.file
+            path = storage.location(self.location) / shard.file
             try:
                 size = path.stat().st_size
             except FileNotFoundError:

@@ -14,13 +14,12 @@ import ray.train
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from upath import UPath
 
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.shards import TokenSplit, read_manifest
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2
-from gpt2dist.storage import check_writable, is_local, publish, remove_tree
+from gpt2dist.storage import check_writable, is_local, location, publish, remove, remove_tree
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.worker import DATASET, WorkerFailed, root_cause, train_worker
 
@@ -100,7 +99,7 @@ def _get(table: dict[str, Any], key: str) -> Any:
 
 def acquire_lock(run: RunConfig) -> filelock.BaseFileLock | None:
     """Keep a second driver off a run directory on a file system; the lock goes when the process does."""
-    if not is_local(UPath(run.run_dir)):
+    if not is_local(location(run.run_dir)):
         return None
     lock = filelock.FileLock(f"{run.run_dir}/.lock")
     try:
@@ -115,8 +114,8 @@ class TrainJob:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run.absolute()
-        directory = UPath(self.run.run_dir)
-        (directory / rundir.STOP_FILE).unlink(missing_ok=True)
+        directory = location(self.run.run_dir)
+        remove(directory / rundir.STOP_FILE)
         publish(directory / "config.toml", self.run.to_toml().encode())
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, daemon=True)
@@ -128,7 +127,7 @@ class TrainJob:
 
     def request_stop(self) -> None:
         """Save after the current step, and end."""
-        publish(UPath(self.run.run_dir) / rundir.STOP_FILE, b"")
+        publish(location(self.run.run_dir) / rundir.STOP_FILE, b"")
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
@@ -142,7 +141,7 @@ class TrainJob:
     def _fit(self) -> None:
         run = self.run
         # Ray's own bookkeeping is used once and thrown away: resuming is ours.
-        scratch = UPath(run.run_dir) / "ray"
+        scratch = location(run.run_dir) / "ray"
         remove_tree(scratch)
         gpus = run.cluster.gpus_per_worker
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
@@ -168,7 +167,7 @@ class TrainJob:
             self._error = e
         finally:
             remove_tree(scratch)
-            (UPath(run.run_dir) / rundir.STOP_FILE).unlink(missing_ok=True)
+            remove(location(run.run_dir) / rundir.STOP_FILE)
 
 
 class StartStep:

@@ -20,7 +20,7 @@ from gpt2dist.data.blocks import StepBatch
 from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import TokenSplit, read_manifest
 from gpt2dist.model import gpt2
-from gpt2dist.storage import remove_tree
+from gpt2dist.storage import exists, location, remove_tree
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
 from gpt2dist.train.engine import Engine
@@ -227,7 +227,7 @@ class Trainer:
     # ------------------------------------------------------------------ small things
 
     def _wants_stop(self) -> float:
-        asked = self.rank == 0 and (UPath(self.run.run_dir) / rundir.STOP_FILE).exists()
+        asked = self.rank == 0 and exists(location(self.run.run_dir) / rundir.STOP_FILE)
         return float(asked)
 
     def _wants_save(self) -> float:

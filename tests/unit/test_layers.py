@@ -17,6 +17,7 @@ LAYERS = [
     ["gpt2dist.train.optim", "gpt2dist.train.peak", "gpt2dist.train.fragment", "gpt2dist.train.rundir"],
     ["gpt2dist.model", "gpt2dist.data"],
     ["gpt2dist.storage"],
+    ["gpt2dist.s3"],
     ["gpt2dist.config"],
 ]
 # Siblings of one layer that must not know each other.
