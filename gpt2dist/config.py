@@ -99,6 +99,8 @@ class DataSection(Section):
     """Tokens a sequence (T); a sample holds T+1 ids."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
+    cache_gb: float = Field(default=20.0, gt=0)
+    """Shards on an object store are copied to each node's disk; of all copies there, at most this many GB are kept."""
 
 
 class BatchSection(Section):

@@ -22,13 +22,13 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 from upath import UPath
 
 from gpt2dist.config import Section, UserError
 from gpt2dist.storage import children, exists, file_size, location, publish, read_bytes, remove, remove_tree, sha256_of
 from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.fragment_file import BadFile, Slice, read_slices
 
 INDEX = "index.json"
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -237,19 +237,24 @@ def check_fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], sourc
 
 
 def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
-    """Fill fragments from a checkpoint, reading only the slices that overlap them."""
+    """Fill fragments from a checkpoint, reading only the slices that overlap them. Raises `BadCheckpoint`."""
     saved: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     for f in checkpoint.index.fragments:
         saved[f.parameter, f.kind].append(f)
-    with contextlib.ExitStack() as stack:
-        files = _Files(checkpoint.path, stack)
-        for want in wanted:
-            end = want.start + want.tensor.numel()
-            for have in saved[want.parameter, want.kind]:
-                low, high = max(want.start, have.start), min(end, have.start + have.length)
-                if low < high:
-                    piece = files[have.file].get_slice(have.key)[low - have.start : high - have.start]
-                    want.tensor[low - want.start : high - want.start].copy_(piece)
+    slices: dict[str, list[Slice]] = defaultdict(list)
+    for want in wanted:
+        end = want.start + want.tensor.numel()
+        for have in saved[want.parameter, want.kind]:
+            low, high = max(want.start, have.start), min(end, have.start + have.length)
+            if low < high:
+                target = want.tensor[low - want.start : high - want.start]
+                slices[have.file].append(Slice(have.key, have.length, low - have.start, target))
+    sizes = {f.file: f.bytes for f in checkpoint.index.files}
+    for name in sorted(slices):
+        try:
+            read_slices(checkpoint.path / name, sizes[name], slices[name])
+        except BadFile as e:
+            raise BadCheckpoint(f"{checkpoint.path / name}: {e}") from None
 
 
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -257,19 +262,6 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     weights = {name: torch.empty(math.prod(shape)) for name, shape in checkpoint.index.parameters.items()}
     load(checkpoint, [Fragment(name, "weight", 0, tensor) for name, tensor in weights.items()])
     return {name: t.view(checkpoint.index.parameters[name]) for name, t in weights.items()}
-
-
-class _Files:
-    """Open safetensors files by name."""
-
-    def __init__(self, directory: UPath, stack: contextlib.ExitStack) -> None:
-        self.directory, self.stack = directory, stack
-        self.open: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.open:
-            self.open[name] = self.stack.enter_context(safe_open(str(self.directory / name), framework="pt"))
-        return self.open[name]
 
 
 def _directories(run_dir: str) -> list[tuple[int, UPath]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -11,15 +12,17 @@ from typing import Any
 import filelock
 import ray
 import ray.train
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from upath import UPath
 
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.shards import TokenSplit, read_manifest
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2
-from gpt2dist.storage import check_writable, is_local, location, publish, remove, remove_tree
+from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove, remove_tree
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.worker import DATASET, WorkerFailed, root_cause, train_worker
 
@@ -139,10 +142,20 @@ class TrainJob:
             raise TrainingFailed(f"{type(self._error).__name__}: {self._error}") from self._error
 
     def _fit(self) -> None:
+        scratch = location(self.run.run_dir) / "ray"
+        try:
+            remove_tree(scratch)
+            self._fit_with(scratch)
+        except BaseException as e:  # handed to the main thread by check()
+            self._error = e
+        finally:
+            with contextlib.suppress(StorageError):  # the storage is away: that is the error already
+                remove_tree(scratch)
+                remove(location(self.run.run_dir) / rundir.STOP_FILE)
+
+    def _fit_with(self, scratch: UPath) -> None:
         run = self.run
         # Ray's own bookkeeping is used once and thrown away: resuming is ours.
-        scratch = location(run.run_dir) / "ray"
-        remove_tree(scratch)
         gpus = run.cluster.gpus_per_worker
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         trainer = TorchTrainer(
@@ -154,20 +167,21 @@ class TrainJob:
             ),
             run_config=RayRunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
-                storage_path=str(scratch),
+                **_ray_storage(scratch),
                 failure_config=FailureConfig(max_failures=run.cluster.max_failures),
                 callbacks=[FailureLog(run.run_dir)],
             ),
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),
         )
-        try:
-            trainer.fit()
-        except BaseException as e:  # handed to the main thread by check()
-            self._error = e
-        finally:
-            remove_tree(scratch)
-            remove(location(run.run_dir) / rundir.STOP_FILE)
+        trainer.fit()
+
+
+def _ray_storage(scratch: UPath) -> dict[str, Any]:
+    """Where Ray Train keeps its marks: all nodes must reach it, an object store in the way that we do."""
+    if is_local(scratch):
+        return {"storage_path": str(scratch)}
+    return {"storage_path": scratch.path, "storage_filesystem": PyFileSystem(FSSpecHandler(scratch.fs))}
 
 
 class StartStep:
@@ -190,7 +204,10 @@ class FailureLog(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train calls this before it decides whether to restart the group."""
         event = {"time": time.time(), "event": "failure", "cause": first_cause(worker_exceptions)}
-        rundir.events_log(self.run_dir).append(event)
+        try:
+            rundir.events_log(self.run_dir).append(event)
+        except StorageError as e:  # an unwritten line must not end the run
+            print(f"the failure could not be logged: {e}", flush=True)
 
 
 def first_cause(failures: dict[int, Exception]) -> str:
