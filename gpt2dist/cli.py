@@ -9,17 +9,15 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
 from gpt2dist import __version__
-from gpt2dist.config import RunConfig, UserError, load_run
+from gpt2dist.config import RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
 
 
@@ -79,14 +77,13 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     from gpt2dist.data.prepare import prepare as run_prepare
     from gpt2dist.report import tables
     from gpt2dist.report.preparing import PrepareView
-    from gpt2dist.storage import check_writable
+    from gpt2dist.storage import check_writable, log_directory
 
     manifest = is_up_to_date(run)
     up_to_date = manifest is not None
     if manifest is None:
         check_writable(run.prepare.output)
-        remote = "://" in run.prepare.output
-        log = Path(tempfile.mkdtemp(prefix="gpt2dist-") if remote else run.prepare.output) / "prepare.log"
+        log = log_directory(run.prepare.output) / "prepare.log"
         cpus = run.prepare.cpus or os.cpu_count() or 1
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
@@ -189,6 +186,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         return
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
+    from gpt2dist.storage import log_directory
     from gpt2dist.train import launch
 
     ready = launch.preflight(run, run_file)
@@ -198,7 +196,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         console = make_console(stderr=as_json)
         console.print(f"{run.run_dir}: finished at step {ready.resume_step}; nothing to do")
     else:
-        log = Path(run.run_dir) / "log.txt"
+        log = log_directory(run.run_dir) / "log.txt"
         # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
         cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 4)
         gpus = math.ceil(run.cluster.workers * run.cluster.gpus_per_worker)
@@ -429,18 +427,24 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
 
 
 def _existing(run_dir: str) -> str:
-    from upath import UPath
+    from gpt2dist import storage
 
-    if not UPath(run_dir).is_dir():
+    path = storage.location(run_dir)
+    if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
         raise UserError(f"{run_dir}: no such run directory")
     return run_dir
 
 
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
     """The configuration of a run directory and its newest checkpoint."""
+    from gpt2dist import storage
     from gpt2dist.train import checkpoint as store
 
-    run = load_run(Path(_existing(run_dir)) / "config.toml", overrides)
+    config = storage.location(_existing(run_dir)) / "config.toml"
+    try:
+        run = parse_toml(storage.read_bytes(config), str(config), overrides)
+    except FileNotFoundError:
+        raise UserError(f"{config}: no such file") from None
     newest = store.newest(run_dir)
     if newest is None:
         raise UserError(f"{run_dir}: no checkpoint yet")

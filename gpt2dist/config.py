@@ -99,6 +99,8 @@ class DataSection(Section):
     """Tokens a sequence (T); a sample holds T+1 ids."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
+    cache_gb: float = Field(default=20.0, gt=0)
+    """Shards on an object store are copied to each node's disk; of all copies there, at most this many GB are kept."""
 
 
 class BatchSection(Section):
@@ -273,16 +275,25 @@ def load_run(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         UserError: the file is missing or not TOML, or a key is unknown, missing or of the wrong type.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
+    return parse_toml(data, str(path), overrides)
+
+
+def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+    try:
+        table = tomllib.loads(data.decode())
+    except UnicodeDecodeError as e:
+        raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{path}: not valid TOML: {e}") from None
+        raise UserError(f"{source}: not valid TOML: {e}") from None
     for override in overrides:
         _apply_override(table, override)
-    return parse_run(table, str(path))
+    return parse_run(table, source)
 
 
 def parse_run(table: dict[str, Any], source: str) -> RunConfig:

@@ -1,24 +1,62 @@
 """Paths on local disk and object stores alike, atomic publishing, and JSON-lines logs.
 
-A *location* is a string: a local path or a URL that fsspec knows.
+A *location* is a string: a local path or a URL that fsspec knows. Requests to S3 are tried again, with growing
+pauses, for about a minute (docs/storage.md); what fails for good is a `StorageError` of one line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
+from fsspec.core import url_to_fs
 from upath import UPath
 
 from gpt2dist.config import UserError
+
+SEGMENT_BYTES = 1 << 20
+"""Of a log on an object store: a longer object is not written again, the next one begins."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class StorageError(UserError):
+    """A location that cannot be used: access denied, no such bucket, or unreachable for too long."""
+
+
+# ---------------------------------------------------------------------- opening locations
+
+
+def location(text: str) -> UPath:
+    """The path of a location. Every location is opened here: what other processes wrote must be seen.
+
+    Raises:
+        UserError: there are credentials in it.
+    """
+    if "://" in text and "@" in urlsplit(text).netloc:
+        shown = text.replace(urlsplit(text).netloc.rpartition("@")[0] + "@", "")
+        raise UserError(f"{shown}: give credentials by environment variables, not in the location")
+    return UPath(text, **_options(text))
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it."""
+    fs, path = url_to_fs(url, **_options(url))
+    return fs, path
 
 
 def is_local(path: UPath) -> bool:
@@ -26,13 +64,63 @@ def is_local(path: UPath) -> bool:
     return isinstance(path, Path)
 
 
+def log_directory(text: str) -> Path:
+    """Where a command that writes to a location keeps its log: there, or in a new local directory if that is remote."""
+    path = location(text)
+    return Path(path) if is_local(path) else Path(tempfile.mkdtemp(prefix="gpt2dist-"))
+
+
+def _options(url: str) -> dict[str, Any]:
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    from gpt2dist import s3  # only where it is used: its libraries are large
+
+    return s3.options()
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def _reason(error: BaseException) -> str:
+    """Why a location cannot be used at all; empty where the error says something else."""
+    from gpt2dist import s3
+
+    return s3.reason(error)
+
+
+@contextlib.contextmanager
+def _named(path: UPath) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        if is_local(path) or not (reason := _reason(e)):
+            raise
+        raise StorageError(f"{path}: {reason}") from None  # the client's own error shows headers
+
+
+def _operation(function: Callable[P, T]) -> Callable[P, T]:
+    """For what works on a path, its first argument: errors of an object store's client become a `StorageError`."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        path: Any = args[0]
+        with _named(path):
+            return function(*args, **kwargs)
+
+    return run
+
+
+# ---------------------------------------------------------------------- writing
+
+
+@_operation
 def publish(path: UPath, data: bytes) -> None:
     """Write a whole file so that a reader sees the old content, the new, or nothing, never a part.
 
     Object stores put objects atomically; on a file system the bytes are synced and renamed into place.
     """
     if not is_local(path):
-        path.write_bytes(data)
+        path.fs.pipe_file(path.path, data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -59,28 +147,24 @@ def stage(path: UPath) -> Path:
 def publish_file(temporary: Path, path: UPath) -> None:
     """Like `publish`, of a file that `stage` named."""
     if not is_local(path):
-        path.fs.put_file(str(temporary), path.path)
-        temporary.unlink()
+        with _named(path):
+            try:
+                path.fs.put_file(str(temporary), path.path)
+            finally:
+                temporary.unlink()
         return
     with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
-def children(path: UPath) -> list[UPath]:
-    """What lies in a directory; nothing where there is none."""
-    try:
-        return sorted(path.iterdir(), key=str)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+@_operation
+def remove(path: UPath) -> None:
+    """Delete a file; nothing happens where there is none."""
+    path.unlink(missing_ok=True)
 
 
-def forget_listings(path: UPath) -> None:
-    """Object stores' clients remember directories: other processes have written there since."""
-    if not is_local(path):
-        path.fs.invalidate_cache()
-
-
+@_operation
 def remove_tree(path: UPath) -> None:
     """Delete a directory and all in it; nothing happens where there is none."""
     if is_local(path):
@@ -89,25 +173,87 @@ def remove_tree(path: UPath) -> None:
         path.fs.rm(path.path, recursive=True)
 
 
+def check_writable(text: str) -> None:
+    """Raises `UserError` where no file can be created below a location."""
+    path = location(text)
+    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        if is_local(path):  # elsewhere this would make a missing bucket
+            path.mkdir(parents=True, exist_ok=True)
+        publish(probe, b"")
+        remove(probe)
+    except OSError as e:
+        raise UserError(f"storage: cannot write to {text}: {e.strerror or e}") from None
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@_operation
+def exists(path: UPath) -> bool:
+    """Whether there is a file or directory."""
+    return bool(path.exists())
+
+
+@_operation
+def read_bytes(path: UPath) -> bytes:
+    """The whole content. Raises `FileNotFoundError`."""
+    return bytes(path.read_bytes())
+
+
+@_operation
+def read_ranges(path: UPath, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """The bytes [begin, end) of each range, many at a time; fewer where the file ends. For remote files."""
+    if not ranges:
+        return []
+    begins, ends = zip(*ranges, strict=True)
+    data = path.fs.cat_ranges([path.path] * len(ranges), list(begins), list(ends), on_error="raise")
+    return list(data)
+
+
+@_operation
+def file_size(path: UPath) -> int:
+    """Bytes of a file. Raises `FileNotFoundError`."""
+    return int(path.stat().st_size)
+
+
+@contextlib.contextmanager
+def reading(path: UPath) -> Iterator[BinaryIO]:
+    """An open file, to be read in pieces. Raises `FileNotFoundError`."""
+    with _named(path), path.open("rb") as f:
+        yield f
+
+
+@_operation
+def children(path: UPath) -> list[UPath]:
+    """What lies in a directory; nothing where there is none."""
+    try:
+        return sorted(path.iterdir(), key=str)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        if not is_local(path) and _reason(e):
+            raise
+        return []
+
+
+@_operation
+def file_sizes(path: UPath) -> dict[str, int]:
+    """Name → bytes of the files in a directory; one listing, however many there are."""
+    if is_local(path):
+        return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
+    found = path.fs.ls(path.path, detail=True)
+    return {info["name"].rpartition("/")[2]: info["size"] for info in found if info["type"] == "file"}
+
+
 def sha256_of(path: UPath) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
-    with path.open("rb") as f:
+    with reading(path) as f:
         while chunk := f.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def check_writable(location: str) -> None:
-    """Raises `UserError` where no file can be created below `location`."""
-    path = UPath(location)
-    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"storage: cannot write to {location}: {e.strerror or e}") from None
+# ---------------------------------------------------------------------- logs
 
 
 class JsonLines:
@@ -115,50 +261,133 @@ class JsonLines:
 
     Floats are written as Python's repr, so equal bits print equal. A torn last line (the writer was
     killed) is not a record: `read` leaves it out and `keep` removes it.
+
+    Objects cannot be appended to. There the log is x.jsonl, x.1.jsonl, x.2.jsonl, … in this order; a writer keeps
+    the text of its own last one in memory and puts it whole. Two processes that append have different objects.
     """
 
-    def __init__(self, path: UPath) -> None:
+    def __init__(self, path: UPath, flush_s: float = 0.0) -> None:
+        """`flush_s`: on an object store, records may wait this many seconds until they are written."""
         self.path = path
+        self.flush_s = flush_s
+        self._segment: UPath | None = None  # the object that this writer puts again and again
+        self._text = ""
+        self._waiting = False
+        self._flushed = -flush_s
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Add records; the data has left the process when this returns."""
+        """Add records; the data has left the process when this returns, or `flush_s` later."""
         text = "".join(json.dumps(record) + "\n" for record in records)
+        if not is_local(self.path):
+            self._text += text
+            self._waiting = True
+            if time.monotonic() - self._flushed >= self.flush_s:
+                self.flush()
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as f:
             f.write(text)
 
+    def flush(self) -> None:
+        """On an object store: write the records that wait."""
+        if not self._waiting:
+            return
+        if self._segment is None:
+            self._segment = self._new_segment()
+        publish(self._segment, self._text.encode())
+        self._waiting, self._flushed = False, time.monotonic()
+        if len(self._text) >= SEGMENT_BYTES:
+            self._segment, self._text = None, ""
+
     def sync(self) -> None:
-        """Force what was appended to the disk."""
-        if is_local(self.path) and self.path.exists():
+        """Force what was appended to the disk, or the object store."""
+        if not is_local(self.path):
+            self.flush()
+        elif self.path.exists():
             with open(self.path, "rb") as f:
                 os.fsync(f.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; an empty list where there is no file."""
-        return list(self._records())
+        if is_local(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                return _records(self.path.read_text(encoding="utf-8"))
+            return []
+        return [record for _, text in self._texts() for record in _records(text)]
 
     def tail(self, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
-        """The last whole records, as many as lie in `max_bytes`."""
-        try:
-            with self.path.open("rb") as f:
-                end = f.seek(0, os.SEEK_END)
-                f.seek(max(0, end - max_bytes))
-                lines = f.read().split(b"\n")
-        except FileNotFoundError:
+        """The last whole records, as many as lie in `max_bytes`; on an object store, those of the last object."""
+        if is_local(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                return _last_records(self.path, max_bytes)
             return []
-        return [json.loads(line) for line in lines[1 if end > max_bytes else 0 : -1]]
+        for _, path in reversed(self._segments()):
+            with contextlib.suppress(OSError):  # it was cut between the look at its size and the read
+                with _named(path):
+                    records = _last_records(path, max_bytes)
+                if records:
+                    return records
+        return []
 
     def keep(self, condition: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Drop the records that do not meet `condition`, atomically; returns the dropped ones."""
-        records = self.read()
-        kept = [record for record in records if condition(record)]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
-            publish(self.path, text.encode())
-        return [record for record in records if not condition(record)]
+        """Drop the records that do not meet `condition`, atomically; returns the dropped ones.
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
+        """
+        if is_local(self.path):
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            return self._keep(self.path, text, condition)[1]
+        dropped: list[dict[str, Any]] = []
+        for i, (path, text) in enumerate(reversed(self._texts())):
+            left, gone = self._keep(path, text, condition)
+            dropped = gone + dropped
+            if i == 0 and len(left) < SEGMENT_BYTES:
+                self._segment, self._text, self._waiting = path, left, False
+        return dropped
+
+    def _keep(
+        self, path: UPath, text: str, condition: Callable[[dict[str, Any]], bool]
+    ) -> tuple[str, list[dict[str, Any]]]:
+        records = _records(text)
+        left = "".join(json.dumps(record) + "\n" for record in records if condition(record))
+        if left != text:
+            publish(path, left.encode())
+        return left, [record for record in records if not condition(record)]
+
+    def _segments(self) -> list[tuple[int, UPath]]:
+        """(number, object), in order."""
+        pattern = rf"{re.escape(self.path.stem)}(?:\.(\d+))?{re.escape(self.path.suffix)}"
+        found = ((re.fullmatch(pattern, path.name), path) for path in children(self.path.parent))
+        return sorted((int(match[1] or 0), path) for match, path in found if match)
+
+    def _texts(self) -> list[tuple[UPath, str]]:
+        paths = [path for _, path in self._segments()]
+        with ThreadPoolExecutor(16) as threads:
+            return list(zip(paths, (data.decode() for data in threads.map(read_bytes, paths)), strict=True))
+
+    def _new_segment(self) -> UPath:
+        """An object of this writer's own, made empty."""
+        number = max((number for number, _ in self._segments()), default=-1) + 1
+        while True:
+            name = f"{self.path.stem}.{number}{self.path.suffix}" if number else self.path.name
+            path = self.path.with_name(name)
+            with _named(path), contextlib.suppress(FileExistsError):
+                path.fs.pipe_file(path.path, b"", mode="create")
+                return path
+            number += 1
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
+    if is_local(path):
+        with path.open("rb") as f:
+            end = f.seek(0, os.SEEK_END)
+            f.seek(max(0, end - max_bytes))
+            data = f.read()
+    else:
+        end = file_size(path)
+        data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
+    return [json.loads(line) for line in data.split(b"\n")[1 if end > max_bytes else 0 : -1]]

@@ -118,7 +118,7 @@ def local_blocks(run: RunConfig, rank: int, world_size: int, start: int) -> Iter
 def _open_cached(text: str) -> tuple[SampleOrder, TokenSplit]:
     run = RunConfig.model_validate_json(text)
     manifest = read_manifest(run.data_path)
-    return SampleOrder(run, manifest), TokenSplit(run.data_path, manifest, "train")
+    return SampleOrder(run, manifest), TokenSplit(run.data_path, manifest, "train", run.data.cache_gb)
 
 
 def _open(run: RunConfig) -> tuple[SampleOrder, TokenSplit]:

@@ -27,7 +27,7 @@ from gpt2dist.data.readers import RAW_BYTES, BadRecord, Document, Reader
 from gpt2dist.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, Split, Tally, npy_header
 from gpt2dist.data.sources import Piece
 from gpt2dist.data.token_files import Tokens
-from gpt2dist.storage import publish, publish_file, sha256_of, stage
+from gpt2dist.storage import file_size, location, publish, publish_file, read_bytes, reading, remove, sha256_of, stage
 
 PARTS = "parts"
 DOCUMENT = np.dtype(
@@ -72,7 +72,7 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
         CannotRead: a source.
         OSError: the output cannot be written.
     """
-    out = UPath(p.output)
+    out = location(p.output)
     encoding = tokenizer.load(p.vocab_dir)
     tallies: dict[int, dict[str, Tally]] = {}
     rows: list[tuple[bytes, int, int, bool]] = []
@@ -138,11 +138,11 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
 
 def read_part(output: str, index: int) -> Part | None:
     """The last outcome of a chunk's tasks, where its shards are there in their size."""
-    out = UPath(output)
+    out = location(output)
     try:
-        part = Part.model_validate_json((out / PARTS / f"{index:05d}.json").read_bytes())
+        part = Part.model_validate_json(read_bytes(out / PARTS / f"{index:05d}.json"))
         for shard in (shard for shards in part.shards.values() for shard in shards):
-            if (out / shard.file).stat().st_size != shard.bytes:
+            if file_size(out / shard.file) != shard.bytes:
                 return None
     except (FileNotFoundError, ValidationError):
         return None
@@ -151,7 +151,7 @@ def read_part(output: str, index: int) -> Part | None:
 
 def read_documents(output: str, index: int, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
     """Records [start, stop) of a chunk's documents, in order of their hash: `DOCUMENT` [stop - start]."""
-    with (UPath(output) / PARTS / f"{index:05d}.documents").open("rb") as f:
+    with reading(location(output) / PARTS / f"{index:05d}.documents") as f:
         f.seek(start * DOCUMENT.itemsize)
         return np.frombuffer(f.read(-1 if stop is None else (stop - start) * DOCUMENT.itemsize), dtype=DOCUMENT)
 
@@ -167,10 +167,10 @@ def drop_documents(part: Part, drop: npt.NDArray[np.bool_], p: PrepareSection) -
         for shard in old:
             here = slice(at, at + shard.documents)
             at += shard.documents
-            if new := _shrink(UPath(p.output) / shard.file, shard, keep[here], tokens[here]):
+            if new := _shrink(location(p.output) / shard.file, shard, keep[here], tokens[here]):
                 shards[split].append(new)
     part = part.model_copy(update={"shards": shards, "deduplicated": True})
-    publish(UPath(p.output) / PARTS / f"{part.index:05d}.json", part.model_dump_json().encode())
+    publish(location(p.output) / PARTS / f"{part.index:05d}.json", part.model_dump_json().encode())
     return part
 
 
@@ -179,9 +179,9 @@ def _shrink(path: UPath, shard: Shard, keep: npt.NDArray[np.bool_], tokens: npt.
         return shard
     left = int(tokens[keep].sum())
     if not left:
-        path.unlink(missing_ok=True)
+        remove(path)
         return None
-    ids = np.frombuffer(path.read_bytes(), dtype=TOKEN_DTYPE, offset=HEADER_BYTES)
+    ids = np.frombuffer(read_bytes(path), dtype=TOKEN_DTYPE, offset=HEADER_BYTES)
     data = npy_header(left) + ids[np.repeat(keep, tokens)].tobytes()
     publish(path, data)
     sha = hashlib.sha256(data).hexdigest()

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from upath import UPath
 
 from gpt2dist.config import PrepareSection
 from gpt2dist.data.chunk import DOCUMENT, PARTS, Part, read_documents
 from gpt2dist.data.near import PERMUTATIONS, NearIndex
+from gpt2dist.storage import location, read_bytes
 
 RANGE_DOCUMENTS = 4_000_000
 """Documents merged at a time: about 0.6 GB with what sorting needs."""
@@ -45,7 +45,7 @@ def near_duplicates(p: PrepareSection, parts: list[Part], exact: Drops) -> Drops
     for part in parts:
         drop = drops[part.index] = np.zeros(len(exact[part.index]), dtype=bool)
         if len(drop):
-            data = (UPath(p.output) / PARTS / f"{part.index:05d}.minhash").read_bytes()
+            data = read_bytes(location(p.output) / PARTS / f"{part.index:05d}.minhash")
             for i, signature in enumerate(np.frombuffer(data, dtype=np.uint32).reshape(-1, PERMUTATIONS)):
                 drop[i] = not exact[part.index][i] and not index.add(signature)
     return drops

@@ -13,7 +13,7 @@ from upath import UPath
 
 from gpt2dist.data import tokenizer
 from gpt2dist.data.shards import HEADER_BYTES, TOKEN_DTYPE, Manifest, Shard
-from gpt2dist.storage import sha256_of
+from gpt2dist.storage import file_size, location, reading, sha256_of
 
 SAMPLE_TOKENS = 120
 
@@ -27,14 +27,14 @@ class Check:
     """Empty: the file is as the manifest says."""
 
 
-def verify(location: str, manifest: Manifest) -> Iterator[Check]:
+def verify(directory: str, manifest: Manifest) -> Iterator[Check]:
     """Size and sha256 of every shard, in order."""
     for shards in manifest.splits.values():
         for shard in shards:
-            yield Check(shard.file, _problem(UPath(location) / shard.file, shard))
+            yield Check(shard.file, _problem(location(directory) / shard.file, shard))
 
 
-def inspect(location: str, manifest: Manifest) -> dict[str, Any]:
+def inspect(directory: str, manifest: Manifest) -> dict[str, Any]:
     """Counts, the documents' lengths in tokens, the mix of sources, and the start of the first document.
 
     Reads all shards. Raises `OSError` where one cannot be read.
@@ -42,7 +42,7 @@ def inspect(location: str, manifest: Manifest) -> dict[str, Any]:
     lengths: Counter[int] = Counter()
     for shards in manifest.splits.values():
         for shard in shards:
-            lengths.update(_length_classes(UPath(location) / shard.file))
+            lengths.update(_length_classes(location(directory) / shard.file))
     kept = sum(source.kept.tokens for source in manifest.sources)
     return {
         "documents": manifest.documents,
@@ -55,13 +55,13 @@ def inspect(location: str, manifest: Manifest) -> dict[str, Any]:
         "sources": [
             {**source.model_dump(), "share": source.kept.tokens / kept if kept else 0.0} for source in manifest.sources
         ],
-        "sample": _sample(location, manifest),
+        "sample": _sample(directory, manifest),
     }
 
 
 def _problem(path: UPath, shard: Shard) -> str:
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         if size != shard.bytes:
             what = "truncated" if size < shard.bytes else "too long"
             return f"{what}: {size:,} bytes, the manifest says {shard.bytes:,}"
@@ -89,16 +89,16 @@ def _length_classes(path: UPath) -> Counter[int]:
 
 
 def _blocks(path: UPath) -> Iterator[npt.NDArray[np.uint16]]:
-    with path.open("rb") as f:
+    with reading(path) as f:
         f.seek(HEADER_BYTES)
         while data := f.read(1 << 22):
             yield np.frombuffer(data[: len(data) & ~1], dtype=TOKEN_DTYPE)
 
 
-def _sample(location: str, manifest: Manifest) -> str:
+def _sample(directory: str, manifest: Manifest) -> str:
     shards = manifest.splits.get("train") or manifest.splits.get("val") or []
     for shard in shards[:1]:
-        with (UPath(location) / shard.file).open("rb") as f:
+        with reading(location(directory) / shard.file) as f:
             f.seek(HEADER_BYTES)
             ids = np.frombuffer(f.read(2 * SAMPLE_TOKENS), dtype=TOKEN_DTYPE)
         end = np.flatnonzero(ids == tokenizer.EOT)

@@ -20,14 +20,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-from upath import UPath
 
 from gpt2dist.config import PrepareSection, RunConfig, UserError
 from gpt2dist.data import chunk, dedup, readers, sources, tokenizer
 from gpt2dist.data.chunk import PARTS, BadRecordFound, Part
 from gpt2dist.data.shards import MANIFEST, Manifest, Shard, Source, Split, Tally, read_manifest, write_manifest
 from gpt2dist.data.sources import Piece
-from gpt2dist.storage import check_writable, children, forget_listings, publish, publish_file, remove_tree, stage
+from gpt2dist.storage import (
+    check_writable,
+    children,
+    exists,
+    location,
+    publish,
+    publish_file,
+    read_bytes,
+    remove,
+    remove_tree,
+    stage,
+)
 
 QUARANTINE = "quarantine.jsonl"
 Rows = list[dict[str, Any]]
@@ -59,7 +69,7 @@ def is_up_to_date(run: RunConfig) -> Manifest | None:
         raise UserError("prepare.output: required, but missing")
     tokenizer.load(p.vocab_dir)  # a bad vocabulary is a mistake to hear of now
     request = _request(p, sources.inventory(p))
-    if not (UPath(p.output) / MANIFEST).exists():
+    if not exists(location(p.output) / MANIFEST):
         return None
     manifest = read_manifest(p.output)
     if manifest.request != request:
@@ -107,7 +117,6 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
         parts[part.index] = part
         state = _advance(state, part, sizes[part.index])
         on_progress(state)
-    forget_listings(UPath(p.output))
     ordered = [parts[i] for i in range(len(chunks))]
     if p.dedup != "none":
         on_progress(replace(state, step="removing duplicates"))
@@ -119,19 +128,19 @@ def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
     """Keep the finished parts of a killed preparation if it was the same one; otherwise remove them."""
     # What was done under "fail" had no bad record, so it is good under "skip" too.
     text = json.dumps({k: v for k, v in request.items() if k != "on_bad_record"}, sort_keys=True).encode()
-    path = UPath(p.output) / PARTS / "request.json"
-    if path.exists() and path.read_bytes() == text:
+    path = location(p.output) / PARTS / "request.json"
+    if exists(path) and read_bytes(path) == text:
         return
     remove_tree(path.parent)
-    for old in children(UPath(p.output)):
+    for old in children(location(p.output)):
         if re.fullmatch(r"\.?(train|val)-\d+.*\.npy.*", old.name):
-            old.unlink()
+            remove(old)
     publish(path, text)
 
 
 def _finished(p: PrepareSection, chunks: int) -> dict[int, Part]:
     """The parts that an earlier attempt finished, whose shards are there."""
-    names = (path.name for path in children(UPath(p.output) / PARTS))
+    names = (path.name for path in children(location(p.output) / PARTS))
     numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
     with ThreadPoolExecutor(16) as threads:  # many small reads, of an object store perhaps
         parts = threads.map(lambda i: chunk.read_part(p.output, i), [i for i in numbers if i < chunks])
@@ -157,7 +166,7 @@ def _tokenize(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
     except BadRecordFound as e:
         where = {"piece": e.piece, "line": e.record.line, "reason": e.record.reason, "detail": e.record.detail}
         return {"index": row["index"], "part": "", "bad": json.dumps(where), "error": ""}
-    except (readers.CannotRead, OSError) as e:
+    except (readers.CannotRead, OSError, UserError) as e:
         return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
     return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
 
@@ -220,7 +229,7 @@ def _drop(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
     drop = np.unpackbits(np.frombuffer(row["drop"], dtype=np.uint8), count=sum(part.prefixes)).astype(bool)
     try:
         part = chunk.drop_documents(part, drop, p)
-    except OSError as e:
+    except (OSError, UserError) as e:
         return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
     return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
 
@@ -236,11 +245,11 @@ def _finish(p: PrepareSection, request: dict[str, Any], parts: list[Part], chunk
     documents = {"read": read, "kept": kept, "skipped": read - kept}
     manifest = Manifest(request=request, documents=documents, sources=counts, splits=splits)
     _write_quarantine(p, parts, chunks)
-    write_manifest(UPath(p.output), manifest)
-    remove_tree(UPath(p.output) / PARTS)
-    for old in children(UPath(p.output)):  # unfinished shards of tasks that were killed
+    write_manifest(location(p.output), manifest)
+    remove_tree(location(p.output) / PARTS)
+    for old in children(location(p.output)):  # unfinished shards of tasks that were killed
         if re.fullmatch(r"\.(train|val)-\d+.*\.npy\.\w+", old.name):
-            old.unlink()
+            remove(old)
     return manifest
 
 
@@ -258,9 +267,9 @@ def _count(name: str, source: int, parts: list[Part]) -> Source:
 
 def _write_quarantine(p: PrepareSection, parts: list[Part], chunks: list[list[Piece]]) -> None:
     """All bad records in the order of the sources, their lines counted from the start of the file."""
-    path = UPath(p.output) / QUARANTINE
+    path = location(p.output) / QUARANTINE
     if not any(part.bad for part in parts):
-        path.unlink(missing_ok=True)
+        remove(path)
         return
     temporary = stage(path)
     with open(temporary, "w", encoding="utf-8") as f:
@@ -268,7 +277,7 @@ def _write_quarantine(p: PrepareSection, parts: list[Part], chunks: list[list[Pi
         for part in parts:
             bad: dict[int, list[dict[str, Any]]] = {}
             if part.bad:
-                text = (UPath(p.output) / PARTS / f"{part.index:05d}.bad.jsonl").read_text(encoding="utf-8")
+                text = read_bytes(location(p.output) / PARTS / f"{part.index:05d}.bad.jsonl").decode()
                 for line in text.splitlines():
                     record = json.loads(line)
                     bad.setdefault(record.pop("piece"), []).append(record)

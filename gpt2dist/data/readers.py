@@ -14,13 +14,13 @@ import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
-from fsspec.core import url_to_fs
 from pydantic_core import from_json
 
 from gpt2dist.data import sources
 from gpt2dist.data.sources import Piece
 from gpt2dist.data.token_files import HEADER_BYTES, Joined, Tokens, header_of, token_blocks, token_documents
 from gpt2dist.data.tokenizer import N_VOCAB
+from gpt2dist.storage import filesystem
 
 MAX_RECORD_BYTES = 1 << 30
 """A longer line, text file or token document is a bad record: it would have to fit in memory."""
@@ -229,7 +229,7 @@ def open_piece(piece: Piece) -> BinaryIO:
     if "://" not in piece.path:
         f: Any = open(piece.path, "rb", buffering=1 << 20)
     else:
-        fs, path = url_to_fs(piece.path)
+        fs, path = filesystem(piece.path)
         streamed = piece.whole and piece.path.startswith("http")  # without range requests
         f = fs.open(path, "rb", block_size=0 if streamed else 1 << 23)
         f = f if streamed and piece.codec else io.BufferedReader(f, 1 << 20)

@@ -22,7 +22,9 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 from upath import UPath
 
+from gpt2dist import storage
 from gpt2dist.config import Section, UserError
+from gpt2dist.data import cache
 from gpt2dist.storage import publish
 
 Split = Literal["train", "val"]
@@ -38,6 +40,8 @@ def npy_header(tokens: int) -> bytes:
 
 
 HEADER_BYTES = len(npy_header(0))
+MAX_MAPS = 32
+"""Remote shards that a process maps at a time."""
 MAX_COUNT = 1 << 53
 """Of tokens or documents; their sums stay below the limits of int64."""
 
@@ -114,9 +118,9 @@ def write_manifest(directory: UPath, manifest: Manifest) -> None:
 
 def read_manifest(location: str) -> Manifest:
     """The manifest of the data set at `location`. Raises `UserError` where there is none, or not a valid one."""
-    path = UPath(location) / MANIFEST
+    path = storage.location(location) / MANIFEST
     try:
-        text = path.read_bytes()
+        text = storage.read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{location}: not a prepared data set (no {MANIFEST}); run: gpt2dist prepare") from None
     except OSError as e:
@@ -166,8 +170,11 @@ def _sum(tallies: list[Tally]) -> Tally:
 class TokenSplit:
     """Random access to one split of a data set."""
 
-    def __init__(self, location: str, manifest: Manifest, split: Split) -> None:
+    def __init__(self, location: str, manifest: Manifest, split: Split, cache_gb: float = 20.0) -> None:
+        """`cache_gb`: of the copies that this node keeps of remote shards."""
         self.location = location
+        self.directory = storage.location(location)
+        self.cache_bytes = int(cache_gb * 1e9)
         self.split = split
         self.shards = manifest.splits.get(split, [])
         self.starts = np.cumsum([0, *(shard.tokens for shard in self.shards)], dtype=np.int64)
@@ -192,12 +199,15 @@ class TokenSplit:
 
     def check_sizes(self) -> None:
         """Raises `UserError` that names a shard which is missing or not as long as the manifest says."""
+        try:
+            sizes = storage.file_sizes(self.directory)
+        except FileNotFoundError:
+            sizes = {}
         for shard in self.shards:
-            path = UPath(self.location) / shard.file
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                raise UserError(f"{path}: shard is missing") from None
+            path = self.directory / shard.file
+            size = sizes.get(shard.file)
+            if size is None:
+                raise UserError(f"{path}: shard is missing")
             if size != shard.bytes:
                 raise UserError(f"{path}: shard has {size:,} bytes, the manifest says {shard.bytes:,}")
 
@@ -213,8 +223,15 @@ class TokenSplit:
 
     def _shard(self, index: int) -> npt.NDArray[np.uint16]:
         if index not in self._open:
-            path = f"{self.location}/{self.shards[index].file}"
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            path = self.directory / self.shards[index].file
+            if storage.is_local(path):
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                while len(self._open) >= MAX_MAPS:  # a mapped copy keeps its room on the disk
+                    del self._open[next(iter(self._open))]
+                shard = self.shards[index]
+                with cache.local_copy(path, shard.sha256, shard.bytes, self.cache_bytes) as copy:
+                    array = np.load(copy, mmap_mode="r", allow_pickle=False)
             if array.dtype != TOKEN_DTYPE or array.shape != (self.shards[index].tokens,):
                 raise UserError(f"{path}: holds {array.dtype} {array.shape}, the manifest says otherwise")
             self._open[index] = array

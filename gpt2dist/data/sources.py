@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from fsspec.core import url_to_fs
-
 from gpt2dist.config import PrepareSection, UserError
+from gpt2dist.storage import filesystem
 
 STDLIB = "builtin:stdlib"
 TOPICS = "pydoc_data.topics"
@@ -142,7 +141,7 @@ def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
 
 def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Files at a URL, with fsspec's description of each."""
-    fs, path = url_to_fs(source)
+    fs, path = filesystem(source)
     is_http = urlsplit(source).scheme in ("http", "https")
     if "*" in source or "[" in source or (not is_http and "?" in source):
         found = fs.glob(path, detail=True)

@@ -10,32 +10,49 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2dist.config import RunConfig
+from gpt2dist.storage import StorageError, is_local, location
 from gpt2dist.train import rundir
 
-POLL_S = 0.25
+POLL_S, REMOTE_POLL_S = 0.25, 2.0
+"""Between two looks at the run directory; each is some requests to an object store."""
 PIPE_INTERVAL_S = 20.0
 
 
 def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: float) -> None:
     """Show a run's progress until `done()`; `since`: Unix time, older events are not news."""
     view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
+    poll_s = POLL_S if is_local(location(run.run_dir)) else REMOTE_POLL_S
     first_step: int | None = None  # of the newest attempt; lines of earlier steps are not news
     with view:
         finished = False
         while not finished:
             finished = done()  # asked first, so that what was written last is still shown
-            for event in rundir.events_log(run.run_dir).tail():
+            events, metrics = _tails(run)
+            for event in events:
                 if event["time"] > since:
                     since = event["time"]
                     if text := describe(event):
                         view.say(text)
                     if event["event"] == "start":
                         first_step = event["step"]
-            metrics = rundir.metrics_log(run.run_dir).tail(4096)
             if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
                 view.show(metrics[-1])
             if not finished:
-                time.sleep(POLL_S)
+                _sleep(poll_s, done)
+
+
+def _tails(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The last events and metrics; nothing while the storage is away, which is the workers' concern."""
+    try:
+        return rundir.events_log(run.run_dir).tail(), rundir.metrics_log(run.run_dir).tail(4096)
+    except StorageError:
+        return [], []
+
+
+def _sleep(seconds: float, done: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not done():
+        time.sleep(min(POLL_S, seconds))
 
 
 def describe(event: dict[str, Any]) -> str | None:

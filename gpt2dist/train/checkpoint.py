@@ -22,13 +22,13 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 from upath import UPath
 
 from gpt2dist.config import Section, UserError
-from gpt2dist.storage import publish, remove_tree, sha256_of
+from gpt2dist.storage import children, exists, file_size, location, publish, read_bytes, remove, remove_tree, sha256_of
 from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.fragment_file import BadFile, Slice, read_slices
 
 INDEX = "index.json"
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -104,7 +104,7 @@ def fragment_key(parameter: str, kind: str, start: int) -> str:
 
 def step_directory(run_dir: str, step: int) -> UPath:
     """Where the checkpoint of `step` lies."""
-    return UPath(run_dir) / "checkpoints" / f"step-{step:08d}"
+    return location(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 # ---------------------------------------------------------------------- writing
@@ -135,12 +135,11 @@ def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
 
     Directories without an index are what dead attempts left; those older than the newest checkpoint go too.
     """
-    committed = sorted(step for step, path in _directories(run_dir) if (path / INDEX).exists())
+    committed = sorted(step for step, path in _directories(run_dir) if exists(path / INDEX))
     kept = set(committed[-keep:]) | {s for s in committed if keep_every and s % keep_every == 0}
     gone = [(s, path) for s, path in _directories(run_dir) if committed and s < committed[-1] and s not in kept]
     for _, path in gone:
-        if (path / INDEX).exists():
-            (path / INDEX).unlink()  # first it stops to exist, then its files go
+        remove(path / INDEX)  # first it stops to exist, then its files go
         remove_tree(path)
     return sorted(s for s, _ in gone)
 
@@ -151,7 +150,7 @@ def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
 def committed(run_dir: str) -> Iterator[Checkpoint | BadCheckpoint]:
     """All checkpoints with an index, newest first; an unreadable index comes as `BadCheckpoint`."""
     for _, path in sorted(_directories(run_dir), reverse=True):
-        if not (path / INDEX).exists():
+        if not exists(path / INDEX):
             continue
         try:
             yield Checkpoint(path, read_index(path))
@@ -172,7 +171,7 @@ def newest(run_dir: str) -> Checkpoint | None:
 def read_index(path: UPath) -> Index:
     """The checked index of a checkpoint directory. Raises `BadCheckpoint`."""
     try:
-        index = Index.model_validate_json((path / INDEX).read_bytes())
+        index = Index.model_validate_json(read_bytes(path / INDEX))
     except (ValidationError, OSError, ValueError) as e:
         reason = e.errors(include_url=False)[0]["msg"] if isinstance(e, ValidationError) else str(e)
         raise BadCheckpoint(f"{path / INDEX}: not a valid index: {reason}") from None
@@ -206,7 +205,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
     for f in checkpoint.index.files:
         path = checkpoint.path / f.file
         try:
-            size = path.stat().st_size
+            size = file_size(path)
         except FileNotFoundError:
             raise BadCheckpoint(f"{path}: missing") from None
         if size != f.bytes:
@@ -238,19 +237,24 @@ def check_fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], sourc
 
 
 def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
-    """Fill fragments from a checkpoint, reading only the slices that overlap them."""
+    """Fill fragments from a checkpoint, reading only the slices that overlap them. Raises `BadCheckpoint`."""
     saved: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     for f in checkpoint.index.fragments:
         saved[f.parameter, f.kind].append(f)
-    with contextlib.ExitStack() as stack:
-        files = _Files(checkpoint.path, stack)
-        for want in wanted:
-            end = want.start + want.tensor.numel()
-            for have in saved[want.parameter, want.kind]:
-                low, high = max(want.start, have.start), min(end, have.start + have.length)
-                if low < high:
-                    piece = files[have.file].get_slice(have.key)[low - have.start : high - have.start]
-                    want.tensor[low - want.start : high - want.start].copy_(piece)
+    slices: dict[str, list[Slice]] = defaultdict(list)
+    for want in wanted:
+        end = want.start + want.tensor.numel()
+        for have in saved[want.parameter, want.kind]:
+            low, high = max(want.start, have.start), min(end, have.start + have.length)
+            if low < high:
+                target = want.tensor[low - want.start : high - want.start]
+                slices[have.file].append(Slice(have.key, have.length, low - have.start, target))
+    sizes = {f.file: f.bytes for f in checkpoint.index.files}
+    for name in sorted(slices):
+        try:
+            read_slices(checkpoint.path / name, sizes[name], slices[name])
+        except BadFile as e:
+            raise BadCheckpoint(f"{checkpoint.path / name}: {e}") from None
 
 
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -260,27 +264,10 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: t.view(checkpoint.index.parameters[name]) for name, t in weights.items()}
 
 
-class _Files:
-    """Open safetensors files by name."""
-
-    def __init__(self, directory: UPath, stack: contextlib.ExitStack) -> None:
-        self.directory, self.stack = directory, stack
-        self.open: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.open:
-            self.open[name] = self.stack.enter_context(safe_open(str(self.directory / name), framework="pt"))
-        return self.open[name]
-
-
 def _directories(run_dir: str) -> list[tuple[int, UPath]]:
-    root = UPath(run_dir) / "checkpoints"
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for path in root.iterdir():
-            if match := re.fullmatch(r"step-(\d{8,})", path.name):
-                found.append((int(match[1]), path))
-    return found
+    paths = children(location(run_dir) / "checkpoints")
+    matches = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in paths)
+    return [(int(match[1]), path) for match, path in matches if match]
 
 
 def describe(checkpoint: Checkpoint | BadCheckpoint, run_dir: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 import filelock
 import ray
 import ray.train
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -20,7 +22,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.shards import TokenSplit, read_manifest
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2
-from gpt2dist.storage import check_writable, is_local, publish, remove_tree
+from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove, remove_tree
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.worker import DATASET, WorkerFailed, root_cause, train_worker
 
@@ -100,7 +102,7 @@ def _get(table: dict[str, Any], key: str) -> Any:
 
 def acquire_lock(run: RunConfig) -> filelock.BaseFileLock | None:
     """Keep a second driver off a run directory on a file system; the lock goes when the process does."""
-    if not is_local(UPath(run.run_dir)):
+    if not is_local(location(run.run_dir)):
         return None
     lock = filelock.FileLock(f"{run.run_dir}/.lock")
     try:
@@ -115,8 +117,8 @@ class TrainJob:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run.absolute()
-        directory = UPath(self.run.run_dir)
-        (directory / rundir.STOP_FILE).unlink(missing_ok=True)
+        directory = location(self.run.run_dir)
+        remove(directory / rundir.STOP_FILE)
         publish(directory / "config.toml", self.run.to_toml().encode())
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, daemon=True)
@@ -128,7 +130,7 @@ class TrainJob:
 
     def request_stop(self) -> None:
         """Save after the current step, and end."""
-        publish(UPath(self.run.run_dir) / rundir.STOP_FILE, b"")
+        publish(location(self.run.run_dir) / rundir.STOP_FILE, b"")
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
@@ -140,10 +142,20 @@ class TrainJob:
             raise TrainingFailed(f"{type(self._error).__name__}: {self._error}") from self._error
 
     def _fit(self) -> None:
+        scratch = location(self.run.run_dir) / "ray"
+        try:
+            remove_tree(scratch)
+            self._fit_with(scratch)
+        except BaseException as e:  # handed to the main thread by check()
+            self._error = e
+        finally:
+            with contextlib.suppress(StorageError):  # the storage is away: that is the error already
+                remove_tree(scratch)
+                remove(location(self.run.run_dir) / rundir.STOP_FILE)
+
+    def _fit_with(self, scratch: UPath) -> None:
         run = self.run
         # Ray's own bookkeeping is used once and thrown away: resuming is ours.
-        scratch = UPath(run.run_dir) / "ray"
-        remove_tree(scratch)
         gpus = run.cluster.gpus_per_worker
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         trainer = TorchTrainer(
@@ -155,20 +167,21 @@ class TrainJob:
             ),
             run_config=RayRunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
-                storage_path=str(scratch),
+                **_ray_storage(scratch),
                 failure_config=FailureConfig(max_failures=run.cluster.max_failures),
                 callbacks=[FailureLog(run.run_dir)],
             ),
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),
         )
-        try:
-            trainer.fit()
-        except BaseException as e:  # handed to the main thread by check()
-            self._error = e
-        finally:
-            remove_tree(scratch)
-            (UPath(run.run_dir) / rundir.STOP_FILE).unlink(missing_ok=True)
+        trainer.fit()
+
+
+def _ray_storage(scratch: UPath) -> dict[str, Any]:
+    """Where Ray Train keeps its marks: all nodes must reach it, an object store in the way that we do."""
+    if is_local(scratch):
+        return {"storage_path": str(scratch)}
+    return {"storage_path": scratch.path, "storage_filesystem": PyFileSystem(FSSpecHandler(scratch.fs))}
 
 
 class StartStep:
@@ -191,7 +204,10 @@ class FailureLog(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train calls this before it decides whether to restart the group."""
         event = {"time": time.time(), "event": "failure", "cause": first_cause(worker_exceptions)}
-        rundir.events_log(self.run_dir).append(event)
+        try:
+            rundir.events_log(self.run_dir).append(event)
+        except StorageError as e:  # an unwritten line must not end the run
+            print(f"the failure could not be logged: {e}", flush=True)
 
 
 def first_cause(failures: dict[int, Exception]) -> str:

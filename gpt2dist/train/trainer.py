@@ -20,12 +20,15 @@ from gpt2dist.data.blocks import StepBatch
 from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import TokenSplit, read_manifest
 from gpt2dist.model import gpt2
-from gpt2dist.storage import remove_tree
+from gpt2dist.storage import exists, is_local, location, remove_tree
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
+
+STOP_POLL_S = 3.0
+"""Between two looks for the stop file on an object store."""
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -46,6 +49,8 @@ class Trainer:
         self.events = rundir.events_log(run.run_dir)
         self.step = 0  # steps done; the next one has this number
         self.attempt = 0
+        self.stop_file = location(run.run_dir) / rundir.STOP_FILE
+        self.look_for_stop = 0.0  # not before this time
         self.saved_step = -1
         self.saved_time = time.monotonic()
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
@@ -71,12 +76,18 @@ class Trainer:
             if every and (self.step % every == 0 or self.step == run.train.steps):
                 metrics["val_loss"] = self.evaluate()
             self._log(metrics)
+            if "val_loss" in metrics:
+                self.metrics.flush()
             every = run.checkpoint.every_steps
             if last or stop or save or (every and self.step % every == 0):
                 self.save()
             if stop:
                 break
         self._event("end", step=self.step, finished=self.step == run.train.steps)
+
+    def close(self) -> None:
+        """Write the metrics that wait, also after a failure."""
+        self.metrics.flush()
 
     def train_step(self, batches: Iterator[StepBatch]) -> tuple[dict[str, Any], bool, bool]:
         """One step of the whole group; returns its metrics, whether to stop, and whether to save."""
@@ -122,7 +133,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss over the first `eval.batches` micro-batches of a fixed order of the validation split."""
-        split = TokenSplit(self.run.data_path, self.manifest, "val")
+        split = TokenSplit(self.run.data_path, self.manifest, "val", self.run.data.cache_gb)
         micro, seq_len = self.run.batch.micro_sequences, self.run.data.seq_len
         samples = split.num_samples(seq_len)
         count = min(self.run.eval.batches, samples // micro)
@@ -227,8 +238,11 @@ class Trainer:
     # ------------------------------------------------------------------ small things
 
     def _wants_stop(self) -> float:
-        asked = self.rank == 0 and (UPath(self.run.run_dir) / rundir.STOP_FILE).exists()
-        return float(asked)
+        now = time.monotonic()
+        if self.rank or now < self.look_for_stop:
+            return 0.0
+        self.look_for_stop = now + (0.0 if is_local(self.stop_file) else STOP_POLL_S)
+        return float(exists(self.stop_file))
 
     def _wants_save(self) -> float:
         minutes = self.run.checkpoint.every_minutes

@@ -59,6 +59,7 @@ def _train(run: RunConfig) -> None:
     engine = Engine(run, ray.train.torch.get_device())
     with contextlib.closing(engine):
         trainer = Trainer(run, engine)
-        trainer.restore()
-        shard = ray.train.get_dataset_shard(DATASET)
-        trainer.train(step_batches(shard, run, engine.rank, engine.world_size, trainer.step))
+        with contextlib.closing(trainer):
+            trainer.restore()
+            shard = ray.train.get_dataset_shard(DATASET)
+            trainer.train(step_batches(shard, run, engine.rank, engine.world_size, trainer.step))

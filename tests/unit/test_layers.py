@@ -14,9 +14,16 @@ LAYERS = [
     ["gpt2dist.train.worker", "gpt2dist.data.prepare"],
     ["gpt2dist.train.trainer", "gpt2dist.data.stream"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
-    ["gpt2dist.train.optim", "gpt2dist.train.peak", "gpt2dist.train.fragment", "gpt2dist.train.rundir"],
+    [
+        "gpt2dist.train.optim",
+        "gpt2dist.train.peak",
+        "gpt2dist.train.fragment",
+        "gpt2dist.train.fragment_file",
+        "gpt2dist.train.rundir",
+    ],
     ["gpt2dist.model", "gpt2dist.data"],
     ["gpt2dist.storage"],
+    ["gpt2dist.s3"],
     ["gpt2dist.config"],
 ]
 # Siblings of one layer that must not know each other.

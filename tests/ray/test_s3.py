@@ -1,0 +1,186 @@
+"""Everything on an S3 server: prepare, train, resume, audit; the server killed; wrong keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2dist.config import RunConfig
+from gpt2dist.storage import children, location
+from tests.conftest import tiny_run
+from tests.distributed import jobs
+from tests.distributed.test_engine import logged
+from tests.ranks import run_ranks
+from tests.ray.test_train import assert_audit, events, steps_done, training, wait_for, write
+from tests.s3 import SECRET_KEY, S3Server
+from tests.unit.corpora import lines, run_prepare
+
+BUCKET = "test"
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server with an empty bucket, which this process and its children find by the variables of AWS."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    server.filesystem().mkdir(BUCKET)
+    env = {**server.env}
+    env |= {name: str(tmp_path_factory.mktemp("local")) for name in ("GPT2DIST_CACHE", "TMPDIR")}
+    saved = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    yield server
+    server.kill()
+    for name, value in saved.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def corpus() -> bytes:
+    return lines(*(f"document {i} " + " ".join(str(i * j) for j in range(60)) for i in range(400)))
+
+
+def run_with(root: str, **changes: Any) -> RunConfig:
+    """A run with its sources, data set and run directory below `root`."""
+    changes = {"prepare__sources": [f"{root}/corpus/*.jsonl"], "prepare__output": f"{root}/data"} | changes
+    changes = {"prepare__shard_mb": 0.05, "prepare__val_fraction": 0.1, "prepare__cpus": 2, "storage": root} | changes
+    return tiny_run(**changes)
+
+
+def done(result: Any) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return str(result.stdout)
+
+
+def text(run: RunConfig, name: str) -> str:
+    return str((location(run.run_dir) / name).read_bytes().decode())
+
+
+def copy_data(s3: S3Server, on_disk: RunConfig, root: str) -> None:
+    """The data set of the local run, on S3."""
+    for path in Path(on_disk.data_path).iterdir():
+        if path.suffix in (".npy", ".json"):
+            s3.filesystem().pipe_file(f"{root.removeprefix('s3://')}/data/{path.name}", path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The run on local disk that every other one must equal: without Ray, without an interruption."""
+    root = tmp_path_factory.mktemp("disk")
+    (root / "corpus").mkdir()
+    (root / "corpus/a.jsonl").write_bytes(corpus())
+    run = run_with(str(root))
+    run_prepare(run)
+    run_ranks(jobs.train_runs, 2, ([run],), root / "rendezvous", timeout=120)
+    return run
+
+
+@pytest.mark.timeout(240)
+def test_everything_on_s3(s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_path: Path) -> None:
+    root = f"s3://{BUCKET}/all"
+    s3.filesystem().pipe_file(f"{BUCKET}/all/corpus/a.jsonl", corpus())
+    run = run_with(root)
+    run_file = str(write(run, tmp_path))
+    prepared = json.loads(done(gpt2dist("prepare", run_file, "--json")))
+    manifest = json.loads((Path(on_disk.data_path) / "manifest.json").read_text())
+    on_s3 = json.loads((location(run.data_path) / "manifest.json").read_bytes())
+    assert on_s3["splits"] == manifest["splits"]
+    assert len(on_s3["splits"]["train"]) > 2
+    done(gpt2dist("data", "verify", run.data_path))
+    assert json.loads(done(gpt2dist("data", "inspect", run.data_path, "--json")))["documents"] == prepared["documents"]
+
+    done(gpt2dist("train", run_file, "--set", "train.stop_at=7"))
+    assert steps_done(run) == 7
+    done(gpt2dist("train", run_file))
+    assert logged(run) == logged(on_disk)
+    assert logged(run, "val_loss") == logged(on_disk, "val_loss")
+    assert [e["step"] for e in events(run, "start")] == [0, 7]
+    assert_audit(gpt2dist, run, 12)
+    assert [m["step"] for m in map(json.loads, text(run, "metrics.jsonl").splitlines())] == list(range(12))
+    listed = json.loads(done(gpt2dist("checkpoint", "ls", run.run_dir, "--json")))
+    assert [(c["step"], c["valid"]) for c in listed] == [(12, True), (8, True)]
+    done(gpt2dist("checkpoint", "verify", run.run_dir))
+    assert done(gpt2dist("generate", run.run_dir, "--prompt", "import os", "--max-tokens", "3")).startswith("import os")
+    assert "nothing to do" in done(gpt2dist("train", run_file))
+    names = {path.name for path in children(location(run.run_dir))}
+    assert names == {"checkpoints", "config.toml", "events.jsonl", "events.1.jsonl", "ledger.jsonl", "metrics.jsonl"}
+
+
+@pytest.mark.timeout(240)
+def test_server_away_while_shards_are_read_and_while_saving(
+    s3: S3Server, on_disk: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT2DIST_CACHE", str(tmp_path / "cache"))
+    root = f"s3://{BUCKET}/killed"
+    copy_data(s3, on_disk, root)
+    run = run_with(root, cluster__max_failures=0)
+    with training(write(run, tmp_path)) as process:
+
+        def away_when(condition: Callable[[], Any]) -> None:
+            wait_for(lambda: condition() or process.poll() is not None, 100)
+            assert process.poll() is None, process.communicate()[0]
+            s3.kill()
+            time.sleep(10)
+            s3.start()
+
+        away_when(lambda: events(run, "start"))  # neither the training nor the validation shards were read yet
+        assert not steps_done(run)
+        away_when(lambda: steps_done(run))  # the first save, after step 4, is some tenths of a second away
+        assert not events(run, "commit")
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(events(run, "start")) == 1
+    assert not events(run, "failure")
+    assert logged(run) == logged(on_disk)
+    assert logged(run, "val_loss") == logged(on_disk, "val_loss")
+
+
+def refusal(result: Any) -> str:
+    """The one line on stderr."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return str(line)
+
+
+@pytest.mark.timeout(120)
+def test_no_such_bucket(s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_path: Path) -> None:
+    run_file = str(write(on_disk, tmp_path))
+    for key, args in (("storage", ["train"]), ("data.path", ["train"]), ("prepare.output", ["prepare"])):
+        line = refusal(gpt2dist(*args, run_file, "--set", f"{key}=s3://nothing-here/x"))
+        assert "s3://nothing-here/x" in line
+        assert "no such bucket" in line
+    assert "no such bucket" in refusal(gpt2dist("audit", "s3://nothing-here/x"))
+    assert not s3.filesystem().exists("nothing-here")
+
+
+@pytest.mark.timeout(120)
+def test_wrong_keys(
+    s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-but-secret")
+    run_file = str(write(on_disk, tmp_path))
+    for key, args in (("storage", ["train"]), ("data.path", ["train"]), ("prepare.output", ["prepare"])):
+        line = refusal(gpt2dist(*args, run_file, "--set", f"{key}=s3://{BUCKET}/denied"))
+        assert f"s3://{BUCKET}/denied" in line
+        assert "access denied" in line
+        assert "wrong-but-secret" not in line
+    assert "access denied" in refusal(gpt2dist("checkpoint", "ls", f"s3://{BUCKET}/all/run"))
+
+
+def test_the_secret_key_is_nowhere(s3: S3Server) -> None:
+    """In no object that the tests above made, and in no log."""
+    fs = s3.filesystem()
+    objects = fs.find(BUCKET)
+    assert any(name.endswith("config.toml") for name in objects)
+    for name in objects:
+        assert SECRET_KEY.encode() not in fs.cat_file(name), name
+    logs = [path for path in Path(os.environ["TMPDIR"]).rglob("*") if path.is_file()]
+    assert any(path.name == "log.txt" for path in logs)
+    for path in logs:
+        assert SECRET_KEY.encode() not in path.read_bytes(), path
