@@ -228,7 +228,10 @@ def reading(path: UPath) -> Iterator[BinaryIO]:
 def children(path: UPath) -> list[UPath]:
     """What lies in a directory; nothing where there is none."""
     try:
-        return sorted(path.iterdir(), key=str)
+        if is_local(path):
+            return sorted(path.iterdir(), key=str)
+        found = {name.rstrip("/") for name in path.fs.ls(path.path, detail=False)} - {path.path.rstrip("/")}
+        return [path / name.rpartition("/")[2] for name in sorted(found)]
     except (FileNotFoundError, NotADirectoryError) as e:
         if not is_local(path) and _reason(e):
             raise
