@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -26,6 +27,11 @@ from gpt2dist.config import RunConfig, parse_run  # noqa: E402
 from gpt2dist.data.shards import Manifest, Shard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+# The same examples in every run; to search further: HYPOTHESIS_PROFILE=search.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.register_profile("search", derandomize=False, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def make_shard(directory: Path, name: str, tokens: np.ndarray[Any, Any]) -> Shard:

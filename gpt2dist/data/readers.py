@@ -169,6 +169,7 @@ class Reader:
 
     def _row_group(self, file: pq.ParquetFile, index: int, row: int) -> Iterator[Document | BadRecord]:
         """Rows are numbered in the file, not in the piece: the footer tells how many come before."""
+        end = row + file.metadata.row_group(index).num_rows
         try:
             for batch in file.iter_batches(64, row_groups=[index], columns=[self.field], use_threads=False):
                 column = batch.column(0)
@@ -185,6 +186,9 @@ class Reader:
             if isinstance(e, OSError) and not _is_damage(e):
                 raise
             yield BadRecord(row + 1, "damaged file", f"row group {index}: {_one_line(e)}")
+            return
+        if row != end:  # a damaged page header: pyarrow stops early without an error
+            yield BadRecord(row + 1, "damaged file", f"row group {index}: {row - end:+,} rows")
 
     def _decode(self, number: int, data: bytes) -> Document | BadRecord:
         raw = data[:RAW_BYTES]

@@ -454,3 +454,16 @@ def test_fuzz_damaged_files(tmp_path_factory: pytest.TempPathFactory, name: str,
     assert source.read.documents == source.kept.documents + len(quarantine(run))
     if source.kept.documents < (3 if name == "a.bin" else len(TEXTS)) and name != "a.bin":
         assert quarantine(run)
+
+
+def test_a_damaged_parquet_page_that_ends_early_is_a_bad_record(tmp_path: Path) -> None:
+    """pyarrow reads fewer rows from it, without an error."""
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    assert content[164] == 4  # the number of values in a page header, zigzag-encoded: 2
+    content[164] = 0
+    (tmp_path / "a.parquet").write_bytes(content)
+    run = prepare_run(tmp_path, str(tmp_path / "a.parquet"), on_bad_record="skip", dedup="none")
+    source = run_prepare(run).sources[0]
+    assert source.kept.documents == len(TEXTS) - 2
+    assert [record["reason"] for record in quarantine(run)] == ["damaged file"]
