@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from gpt2dist.config import RunConfig
 from gpt2dist.storage import location
@@ -21,6 +22,7 @@ from tests.ray.test_train import assert_audit, events, steps_done, training, wai
 from tests.s3 import SECRET_KEY, S3Server
 from tests.unit.corpora import lines, run_prepare
 
+pytestmark = pytest.mark.s3
 BUCKET = "test"
 Run = Callable[..., Any]
 
@@ -35,6 +37,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     env |= {name: str(tmp_path_factory.mktemp("local")) for name in ("GPT2DIST_CACHE", "TMPDIR")}
     saved = {name: os.environ.get(name) for name in env}
     os.environ.update(env)
+    s3fs.S3FileSystem.clear_instance_cache()  # clients of other tests know another endpoint
     yield server
     server.kill()
     for name, value in saved.items():
