@@ -332,18 +332,18 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:
       gpt2dist audit runs/smoke
     """
-    from gpt2dist.data.shards import read_manifest
+    from gpt2dist.data.mixture import Mixture
     from gpt2dist.train import ledger, rundir
 
     run, newest = _open_run(run_dir, overrides)
-    manifest = read_manifest(run.data_path)
-    if manifest.fingerprint != newest.index.data_fingerprint:
+    data = Mixture.open(run)
+    if data.fingerprint != newest.index.data_fingerprint:
         raise UserError(
-            f"{run_dir}: trained on data set {newest.index.data_fingerprint[:16]}, but {run.data_path} is "
-            f"{manifest.fingerprint[:16]}"
+            f"{run_dir}: trained on data set {newest.index.data_fingerprint[:16]}, but {data} is "
+            f"{data.fingerprint[:16]}"
         )
     lines = rundir.ledger_log(run_dir).read()
-    result = ledger.audit(run, manifest, lines, newest.index.step)
+    result = ledger.audit(run, data, lines, newest.index.step)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:

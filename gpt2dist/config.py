@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -93,14 +94,25 @@ class ModelSection(Section):
 class DataSection(Section):
     """[data] which token shards, and how they are cut and shuffled."""
 
-    path: str = ""
-    """A prepared data set; by default prepare.output."""
+    path: str | dict[str, float] = ""
+    """A prepared data set, or a table of them with their weights; by default prepare.output."""
     seq_len: int = Field(default=1024, ge=1)
     """Tokens a sequence (T); a sample holds T+1 ids."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)
     """Shards on an object store are copied to each node's disk; of all copies there, at most this many GB are kept."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path_or_weights(cls, path: Any) -> Any:
+        if isinstance(path, dict):
+            for name, weight in path.items():
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                    raise ValueError(f"the weight of {name} must be a number above 0, got {json.dumps(weight)}")
+        if not isinstance(path, (str, dict)) or path == {}:
+            raise ValueError(f"a path, or a table of paths with their weights, got {json.dumps(path, default=str)}")
+        return path
 
 
 class BatchSection(Section):
@@ -243,9 +255,12 @@ class RunConfig(Section):
         return f"{self.storage.rstrip('/')}/{self.name}"
 
     @property
-    def data_path(self) -> str:
-        """Directory of the token shards."""
-        return self.data.path or self.prepare.output
+    def data_paths(self) -> dict[str, float]:
+        """Directories of token shards, with their weights; empty where none is named."""
+        if isinstance(self.data.path, dict):
+            return self.data.path
+        path = self.data.path or self.prepare.output
+        return {path: 1.0} if path else {}
 
     @property
     def stop_step(self) -> int:
@@ -255,7 +270,9 @@ class RunConfig(Section):
     def absolute(self) -> RunConfig:
         """The same run with absolute local paths, for processes with other working directories."""
         prepare = self.prepare.model_copy(update={"output": _absolute(self.prepare.output)})
-        data = self.data.model_copy(update={"path": _absolute(self.data_path)})
+        paths = {_absolute(path): weight for path, weight in self.data_paths.items()}
+        path = paths if len(paths) > 1 else next(iter(paths), "")
+        data = self.data.model_copy(update={"path": path})
         return self.model_copy(update={"storage": _absolute(self.storage), "prepare": prepare, "data": data})
 
     @property

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import PADDING, Ids, SampleOrder, accumulation_steps
-from gpt2dist.data.shards import TokenSplit, read_manifest
 
 BLOCK_BYTES = 4_000_000
 """About this many bytes of tokens a block: a Ray task and an object-store transfer each."""
@@ -78,7 +78,7 @@ class BlockReader:
         ids = np.concatenate([order.rank_step(s, rank, self.plan.world_size).reshape(-1) for s in steps])
         tokens = np.zeros((len(ids), self.run.data.seq_len + 1), dtype=np.uint16)
         real = ids != PADDING
-        tokens[real] = split.samples(ids[real], self.run.data.seq_len)
+        tokens[real] = split.samples(ids[real])
         return {"tokens": tokens, "sample": ids}
 
 
@@ -90,7 +90,7 @@ def split_blocks(
     Raises:
         RuntimeError: the blocks hold other samples than the order says, or end early.
     """
-    order = SampleOrder(run, read_manifest(run.data_path))
+    order = SampleOrder(run, Mixture.open(run))
     micro = run.batch.micro_sequences
     rows = accumulation_steps(run.batch.micro_batches, world_size) * micro
     step = start
@@ -115,12 +115,12 @@ def local_blocks(run: RunConfig, rank: int, world_size: int, start: int) -> Iter
 
 
 @lru_cache(maxsize=2)
-def _open_cached(text: str) -> tuple[SampleOrder, TokenSplit]:
+def _open_cached(text: str) -> tuple[SampleOrder, MixedSplit]:
     run = RunConfig.model_validate_json(text)
-    manifest = read_manifest(run.data_path)
-    return SampleOrder(run, manifest), TokenSplit(run.data_path, manifest, "train", run.data.cache_gb)
+    data = Mixture.open(run)
+    return SampleOrder(run, data), MixedSplit(data, "train", run.data.seq_len, run.data.cache_gb)
 
 
-def _open(run: RunConfig) -> tuple[SampleOrder, TokenSplit]:
+def _open(run: RunConfig) -> tuple[SampleOrder, MixedSplit]:
     """Manifest, order and memory maps, kept open between the tasks of one process."""
     return _open_cached(run.model_dump_json())

@@ -4,6 +4,9 @@
 the shards are permuted, and samples are permuted inside windows of `shuffle_window` consecutive shards of that
 permutation, so storage is read in large pieces. Nothing here is stored: a resume computes it again.
 
+A mixture gives each data set its exact share of every 16384 positions, in a shuffled pattern; each data set then has
+its own epochs.
+
 A permutation is the stable sort of Philox-4x64's raw output (Salmon et al. 2011), a stream that numpy
 guarantees for ever, which it does not for its own shuffles.
 """
@@ -17,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.shards import Manifest, Split, TokenSplit
+from gpt2dist.data.mixture import SHARES, MixedSplit, Mixture
+from gpt2dist.data.shards import TokenSplit
 
 Ids = npt.NDArray[np.int64]
 PADDING = -1
@@ -37,31 +41,43 @@ def permutation(n: int, *key: int | str) -> Ids:
 
 
 class SampleOrder:
-    """The sample order of one run's training split, and how it falls on ranks."""
+    """The sample order of one run's training data, and how it falls on ranks."""
 
-    def __init__(self, run: RunConfig, manifest: Manifest, split: Split = "train") -> None:
+    def __init__(self, run: RunConfig, data: Mixture) -> None:
         self.seed = run.seed
-        self.window = run.data.shuffle_window
         self.micro = run.batch.micro_sequences
         self.micro_batches = run.batch.micro_batches
-        tokens = TokenSplit(run.data_path, manifest, split)
-        self.num_samples = tokens.num_samples(run.data.seq_len)
-        # First sample of each shard: a sample belongs to the shard in which it starts.
-        first = -(-tokens.starts // run.data.seq_len)
-        self._first = np.minimum(first, self.num_samples).astype(np.int64)
+        self.shares = np.array([c.share for c in data.components], dtype=np.int64)
+        split = MixedSplit(data, "train", run.data.seq_len)
+        self.num_samples = split.num_samples
+        self.sizes, self.offsets = split.sizes, split.offsets
+        self.sources = [_SourceOrder(run, part, k) for k, part in enumerate(split.parts)]
 
     def samples(self, start: int, stop: int) -> Ids:
         """Sample ids at positions [start, stop): int64 [stop - start]."""
-        parts: list[Ids] = []
-        while start < stop:
-            epoch, offset = divmod(start, self.num_samples)
-            bounds = self._window_bounds(epoch)
-            window = int(np.searchsorted(bounds, offset, side="right")) - 1
-            end = min(stop - start + offset, int(bounds[window + 1]))
-            ids = self._window_samples(epoch, window)
-            parts.append(ids[offset - int(bounds[window]) : end - int(bounds[window])])
-            start += end - offset
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        if len(self.sources) == 1:
+            return self.sources[0].samples(start, stop)
+        ids = np.empty(stop - start, dtype=np.int64)
+        at = start
+        while at < stop:
+            round_, first = divmod(at, SHARES)
+            last = min(SHARES, first + stop - at)
+            pattern = self._pattern(round_)
+            out = ids[at - start : at - start + last - first]
+            for k, source in enumerate(self.sources):
+                mine = pattern[first:last] == k
+                begin = round_ * int(self.shares[k]) + int(np.count_nonzero(pattern[:first] == k))
+                out[mine] = self.offsets[k] + source.samples(begin, begin + int(np.count_nonzero(mine)))
+            at += last - first
+        return ids
+
+    def epochs(self, position: int) -> list[float]:
+        """How often the run has been through each data set when it is at `position`."""
+        if len(self.sources) == 1:
+            return [position / self.num_samples]
+        rounds, rest = divmod(position, SHARES)
+        seen = rounds * self.shares + np.bincount(self._pattern(rounds)[:rest], minlength=len(self.sources))
+        return [float(epochs) for epochs in seen / self.sizes]
 
     def step(self, step: int) -> Ids:
         """Sample ids of a step: int64 [M, micro], row j being micro-batch j."""
@@ -79,8 +95,39 @@ class SampleOrder:
         return out
 
     @lru_cache(maxsize=4)  # noqa: B019 — one order lives as long as its process
+    def _pattern(self, round_: int) -> Ids:
+        """Which data set has each of `SHARES` consecutive positions: each its share, shuffled."""
+        return mixture_pattern(self.shares, self.seed, round_)
+
+
+class _SourceOrder:
+    """The order of one data set's samples, by how many of them were consumed."""
+
+    def __init__(self, run: RunConfig, tokens: TokenSplit, index: int) -> None:
+        # Data sets of the same shape are not to be shuffled alike.
+        self.key = (run.seed, index) if index else (run.seed,)
+        self.window = run.data.shuffle_window
+        self.num_samples = tokens.num_samples(run.data.seq_len)
+        # First sample of each shard: a sample belongs to the shard in which it starts.
+        first = -(-tokens.starts // run.data.seq_len)
+        self._first = np.minimum(first, self.num_samples).astype(np.int64)
+
+    def samples(self, start: int, stop: int) -> Ids:
+        """Samples [start, stop) of those that the run consumes of this data set: int64 [stop - start]."""
+        parts: list[Ids] = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_samples)
+            bounds = self._window_bounds(epoch)
+            window = int(np.searchsorted(bounds, offset, side="right")) - 1
+            end = min(stop - start + offset, int(bounds[window + 1]))
+            ids = self._window_samples(epoch, window)
+            parts.append(ids[offset - int(bounds[window]) : end - int(bounds[window])])
+            start += end - offset
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    @lru_cache(maxsize=4)  # noqa: B019
     def _shard_order(self, epoch: int) -> Ids:
-        return permutation(len(self._first) - 1, "shards", self.seed, epoch)
+        return permutation(len(self._first) - 1, "shards", *self.key, epoch)
 
     @lru_cache(maxsize=4)  # noqa: B019
     def _window_bounds(self, epoch: int) -> Ids:
@@ -94,7 +141,33 @@ class SampleOrder:
     def _window_samples(self, epoch: int, window: int) -> Ids:
         shards = self._shard_order(epoch)[window * self.window : (window + 1) * self.window]
         ids = np.concatenate([np.arange(self._first[s], self._first[s + 1]) for s in shards])
-        return ids[permutation(len(ids), "samples", self.seed, epoch, window)]
+        return ids[permutation(len(ids), "samples", *self.key, epoch, window)]
+
+
+def mixture_pattern(shares: Ids, seed: int, round_: int) -> Ids:
+    """Data sets of positions [round_ · SHARES, (round_ + 1) · SHARES), data set k `shares[k]` times: int64 [SHARES]."""
+    return np.repeat(np.arange(len(shares)), shares)[permutation(int(shares.sum()), "mixture", seed, round_)]
+
+
+def eval_ids(run: RunConfig, data: Mixture) -> Ids:
+    """Samples of the validation splits that every evaluation reads: int64 [micro-batches ≤ eval.batches, micro].
+
+    Mixed as in training; no sample twice, so a small split may give fewer micro-batches.
+    """
+    split = MixedSplit(data, "val", run.data.seq_len)
+    micro = run.batch.micro_sequences
+    count = min(run.eval.batches, split.num_samples // micro)
+    if len(split.parts) == 1:
+        return permutation(split.num_samples, "eval")[: count * micro].reshape(count, micro)
+    component = mixture_pattern(np.array([c.share for c in data.components]), 0, 0)
+    while np.any(np.bincount(component[: count * micro], minlength=len(split.parts)) > split.sizes):
+        count -= 1
+    component = component[: count * micro]
+    ids = np.empty(len(component), dtype=np.int64)
+    for k, n in enumerate(split.sizes):
+        mine = component == k
+        ids[mine] = split.offsets[k] + permutation(int(n), "eval", k)[: np.count_nonzero(mine)]
+    return ids.reshape(-1, micro)
 
 
 def ids_digest(ids: Ids) -> str:

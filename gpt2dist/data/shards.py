@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import re
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -236,8 +235,3 @@ class TokenSplit:
                 raise UserError(f"{path}: holds {array.dtype} {array.shape}, the manifest says otherwise")
             self._open[index] = array
         return self._open[index]
-
-    @cached_property
-    def max_token(self) -> int:
-        """Largest token id of the split; reads all of it."""
-        return max(int(self._shard(i).max()) for i in range(len(self.shards)))

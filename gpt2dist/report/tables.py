@@ -102,15 +102,18 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
 def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:
     """The end of a run: losses, where the checkpoint is, how to go on."""
     metrics = rundir.metrics_log(run.run_dir).read()
+    events = rundir.events_log(run.run_dir).read()
     rows: dict[str, str] = {}
     if metrics:
         rows["training loss"] = f"{metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f}"
-    before = [e["val_loss"] for e in rundir.events_log(run.run_dir).read() if e["event"] == "eval"]
+    before = [e["val_loss"] for e in events if e["event"] == "eval"]
     if values := before[-1:] + [m["val_loss"] for m in metrics if "val_loss" in m]:
         rows["validation loss"] = f"{values[0]:.4f} → {values[-1]:.4f}"
     newest = checkpoint.newest(run.run_dir)
     step = newest.index.step if newest else 0
     rows["steps"] = f"{step:,} of {run.train.steps:,}; this command took {int(seconds) // 60}:{int(seconds) % 60:02d}"
+    for epochs in [e.get("epochs", {}) for e in events if e["event"] == "end"][-1:]:
+        rows["epochs"] = ", ".join(f"{n:.2f} of {path}" for path, n in epochs.items())
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:

@@ -19,7 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from upath import UPath
 
 from gpt2dist.config import RunConfig, UserError
-from gpt2dist.data.shards import TokenSplit, read_manifest
+from gpt2dist.data.mixture import MixedSplit, Mixture
+from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove, remove_tree
@@ -47,35 +48,39 @@ def preflight(run: RunConfig, source: str) -> Preflight:
     Raises:
         UserError: data set missing, damaged or too short, storage not writable, or a checkpoint that does not fit.
     """
-    if not run.data_path:
-        raise UserError(f"{source}: data.path: required, but missing (or set prepare.output)")
-    manifest = read_manifest(run.data_path)
-    train = TokenSplit(run.data_path, manifest, "train")
-    val = TokenSplit(run.data_path, manifest, "val")
+    try:
+        data = Mixture.open(run)
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
+    train = MixedSplit(data, "train", run.data.seq_len)
+    val = MixedSplit(data, "val", run.data.seq_len)
     train.check_sizes()
     val.check_sizes()
-    seq_len, micro = run.data.seq_len, run.batch.micro_sequences
-    if train.tokens == 0:
-        raise UserError(f"{run.data_path}: the data set is empty")
-    if train.num_samples(seq_len) < run.global_batch:
+    for part in train.parts:
+        if part.tokens == 0:
+            raise UserError(f"{part.location}: the data set is empty")
+        if len(train.parts) > 1 and part.num_samples(run.data.seq_len) == 0:
+            raise UserError(f"{part.location}: shorter than one sample of data.seq_len = {run.data.seq_len}")
+    if train.num_samples < run.global_batch:
         raise UserError(
-            f"{run.data_path}: {train.num_samples(seq_len):,} samples of data.seq_len = {seq_len} are less than one "
+            f"{data}: {train.num_samples:,} samples of data.seq_len = {run.data.seq_len} are less than one "
             f"global batch of {run.global_batch:,} (batch.micro_batches × batch.micro_sequences)"
         )
-    if run.eval.every_steps and val.num_samples(seq_len) < micro:
+    if run.eval.every_steps and len(eval_ids(run, data)) == 0:
+        sizes = ", ".join(f"{part.location}: {n}" for part, n in zip(val.parts, val.sizes, strict=True))
         raise UserError(
-            f"{run.data_path}: the validation split has {val.num_samples(seq_len)} samples, less than one micro-batch "
-            f"of {micro}; raise prepare.val_fraction or set eval.every_steps = 0"
+            f"samples of the validation split ({sizes}) do not make one micro-batch of "
+            f"{run.batch.micro_sequences}; raise prepare.val_fraction or set eval.every_steps = 0"
         )
     check_writable(run.run_dir)
     found = checkpoint.newest(run.run_dir)
     if found is None:
         return Preflight(0, finished=False)
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    if found.index.data_fingerprint != manifest.fingerprint:
+    if found.index.data_fingerprint != data.fingerprint:
         raise UserError(
             f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
-            f"{run.data_path} is {manifest.fingerprint[:16]}"
+            f"{data} is {data.fingerprint[:16]}"
         )
     _check_same_order(run, found.index.config, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import Ids, SampleOrder, ids_digest
-from gpt2dist.data.shards import Manifest
 
 
 def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int) -> dict[str, Any]:
@@ -54,9 +54,9 @@ class Audit:
         return asdict(self)
 
 
-def audit(run: RunConfig, manifest: Manifest, lines: list[dict[str, Any]], committed_step: int) -> Audit:
+def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_step: int) -> Audit:
     """Hold the ledger of a run up to `committed_step` against the order, which is computed afresh."""
-    order = SampleOrder(run, manifest)
+    order = SampleOrder(run, data)
     size = run.global_batch
     lines = [line for line in lines if line["step"] < committed_step]
     right: set[int] = set()

@@ -17,8 +17,8 @@ from upath import UPath
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
-from gpt2dist.data.order import Ids, permutation
-from gpt2dist.data.shards import TokenSplit, read_manifest
+from gpt2dist.data.mixture import MixedSplit, Mixture
+from gpt2dist.data.order import Ids, SampleOrder, eval_ids
 from gpt2dist.model import gpt2
 from gpt2dist.storage import exists, is_local, location, remove_tree
 from gpt2dist.train import checkpoint, ledger, rundir
@@ -43,7 +43,7 @@ class Trainer:
     def __init__(self, run: RunConfig, engine: Engine) -> None:
         self.run, self.engine = run, engine
         self.rank, self.world_size = engine.rank, engine.world_size
-        self.manifest = read_manifest(run.data_path)
+        self.data = Mixture.open(run)
         self.metrics = rundir.metrics_log(run.run_dir)
         self.ledger = rundir.ledger_log(run.run_dir)
         self.events = rundir.events_log(run.run_dir)
@@ -83,7 +83,7 @@ class Trainer:
                 self.save()
             if stop:
                 break
-        self._event("end", step=self.step, finished=self.step == run.train.steps)
+        self._event("end", step=self.step, finished=self.step == run.train.steps, epochs=self._epochs())
 
     def close(self) -> None:
         """Write the metrics that wait, also after a failure."""
@@ -133,15 +133,13 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss over the first `eval.batches` micro-batches of a fixed order of the validation split."""
-        split = TokenSplit(self.run.data_path, self.manifest, "val", self.run.data.cache_gb)
-        micro, seq_len = self.run.batch.micro_sequences, self.run.data.seq_len
-        samples = split.num_samples(seq_len)
-        count = min(self.run.eval.batches, samples // micro)
-        ids = permutation(samples, "eval")[: count * micro].reshape(count, micro)
+        split = MixedSplit(self.data, "val", self.run.data.seq_len, self.run.data.cache_gb)
+        ids = eval_ids(self.run, self.data)
+        count = len(ids)
         losses = [0.0] * count
         for first in range(0, count, self.world_size):
             mine = min(first + self.rank, count - 1)  # the last ones again, unweighted, where count does not divide
-            loss = self.engine.evaluate(self._to_device(split.samples(ids[mine], seq_len)))
+            loss = self.engine.evaluate(self._to_device(split.samples(ids[mine])))
             if first + self.rank < count:
                 losses[mine] = loss.item()
         return sum(self.engine.sum_over_ranks(losses)) / count
@@ -205,7 +203,7 @@ class Trainer:
             checkpoint.Index(
                 step=self.step,
                 position=self.step * self.run.global_batch,
-                data_fingerprint=self.manifest.fingerprint,
+                data_fingerprint=self.data.fingerprint,
                 config=self.run.model_dump(mode="json"),
                 world_size=self.world_size,
                 zero_stage=self.run.train.zero_stage,
@@ -236,6 +234,11 @@ class Trainer:
         self.attempt = self._agree(self.attempt)
 
     # ------------------------------------------------------------------ small things
+
+    def _epochs(self) -> dict[str, float]:
+        """How often each data set has been gone through."""
+        epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
+        return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
     def _wants_stop(self) -> float:
         now = time.monotonic()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.shards import read_manifest
+from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.model import gpt2
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.optim import adamw, learning_rate
@@ -54,17 +54,16 @@ def variants(data: str, storage: Path, precision: str, stages: tuple[int, ...], 
 def plain_torch_losses(run: RunConfig) -> Losses:
     """The same run in a plain PyTorch loop: no DeepSpeed, no ranks, no dropout."""
     from gpt2dist.data.order import SampleOrder
-    from gpt2dist.data.shards import TokenSplit
 
-    manifest = read_manifest(run.data_path)
-    order, split = SampleOrder(run, manifest), TokenSplit(run.data_path, manifest, "train")
+    data = Mixture.open(run)
+    order, split = SampleOrder(run, data), MixedSplit(data, "train", run.data.seq_len)
     model = gpt2.build(gpt2.GPT2Config.from_run(run), run.seed)
     optimizer = adamw(model, run.optim)
     losses = {}
     for step in range(run.train.steps):
         total = 0.0
         for ids in order.step(step):
-            tokens = torch.from_numpy(split.samples(ids, run.data.seq_len).astype("int64"))
+            tokens = torch.from_numpy(split.samples(ids).astype("int64"))
             loss = model(tokens) / run.batch.micro_batches
             loss.backward()
             total += loss.item()
@@ -143,7 +142,7 @@ def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callabl
         ranks(jobs.train_runs, workers, [run])
     assert largest_difference(logged(run), logged(whole)) <= 1e-5
     lines = rundir.ledger_log(run.run_dir).read()
-    result = ledger.audit(run, read_manifest(data), lines, jobs.committed_step(run))
+    result = ledger.audit(run, Mixture.open(run), lines, jobs.committed_step(run))
     assert result.clean
     assert result.samples == 20 * 8
     assert result.attempts == len(legs)

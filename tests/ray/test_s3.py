@@ -66,7 +66,7 @@ def text(run: RunConfig, name: str) -> str:
 
 def copy_data(s3: S3Server, on_disk: RunConfig, root: str) -> None:
     """The data set of the local run, on S3."""
-    for path in Path(on_disk.data_path).iterdir():
+    for path in Path(on_disk.prepare.output).iterdir():
         if path.suffix in (".npy", ".json"):
             s3.filesystem().pipe_file(f"{root.removeprefix('s3://')}/data/{path.name}", path.read_bytes())
 
@@ -90,12 +90,13 @@ def test_everything_on_s3(s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_p
     run = run_with(root)
     run_file = str(write(run, tmp_path))
     prepared = json.loads(done(gpt2dist("prepare", run_file, "--json")))
-    manifest = json.loads((Path(on_disk.data_path) / "manifest.json").read_text())
-    on_s3 = json.loads((location(run.data_path) / "manifest.json").read_bytes())
+    manifest = json.loads((Path(on_disk.prepare.output) / "manifest.json").read_text())
+    on_s3 = json.loads((location(run.prepare.output) / "manifest.json").read_bytes())
     assert on_s3["splits"] == manifest["splits"]
     assert len(on_s3["splits"]["train"]) > 2
-    done(gpt2dist("data", "verify", run.data_path))
-    assert json.loads(done(gpt2dist("data", "inspect", run.data_path, "--json")))["documents"] == prepared["documents"]
+    done(gpt2dist("data", "verify", run.prepare.output))
+    inspected = json.loads(done(gpt2dist("data", "inspect", run.prepare.output, "--json")))
+    assert inspected["documents"] == prepared["documents"]
 
     done(gpt2dist("train", run_file, "--set", "train.stop_at=7"))
     assert steps_done(run) == 7

@@ -12,8 +12,8 @@ import ray
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data import blocks, stream
+from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import PADDING, SampleOrder
-from gpt2dist.data.shards import read_manifest
 from tests.conftest import tiny_run
 
 
@@ -45,7 +45,7 @@ def test_exactly_once_at_every_world_size(make_data: Callable[..., str], monkeyp
     monkeypatch.setattr(stream, "NUMBERS_PER_TASK", 7)  # several planning tasks, as a long run has
     data = make_data([1100, 300, 900])
     run = tiny_run(data__path=data, data__shuffle_window=2, batch__micro_batches=8, cluster__workers=5)
-    n = SampleOrder(run, read_manifest(data)).num_samples
+    n = SampleOrder(run, Mixture.open(run)).num_samples
     run = tiny_run(
         data__path=data,
         data__shuffle_window=2,

@@ -13,7 +13,7 @@ RUN_FILES = sorted((ROOT / "jobs").glob("*.toml"))
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda p: p.name)
 def test_every_shipped_run_file_loads(path: Path) -> None:
     run = load_run(path)
-    assert run.data_path
+    assert run.data_paths
 
 
 def test_there_are_shipped_run_files() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
-from gpt2dist.data.shards import read_manifest
 from gpt2dist.train.ledger import Audit, audit, entry
 from tests.conftest import tiny_run
 
@@ -20,12 +20,12 @@ def run(make_data: Callable[..., str]) -> RunConfig:
 
 
 def ledger_of(run: RunConfig, steps: int = 12) -> Lines:
-    order = SampleOrder(run, read_manifest(run.data_path))
+    order = SampleOrder(run, Mixture.open(run))
     return [entry(run, s, order.step(s), 1 + s % 3, 1 + s // 5) for s in range(steps)]
 
 
 def result(run: RunConfig, lines: Lines, committed: int = 12) -> Audit:
-    return audit(run, read_manifest(run.data_path), lines, committed)
+    return audit(run, Mixture.open(run), lines, committed)
 
 
 def test_clean(run: RunConfig) -> None:

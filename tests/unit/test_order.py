@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2dist.data.blocks import local_blocks, split_blocks
+from gpt2dist.data.mixture import Component, Mixture
 from gpt2dist.data.order import PADDING, SampleOrder, ids_digest, permutation
 from gpt2dist.data.shards import Manifest, Shard, TokenSplit, read_manifest
 from tests.conftest import tiny_run
@@ -17,7 +18,8 @@ def order_of(tokens: list[int], **changes: object) -> SampleOrder:
     shards = [
         Shard(file=f"train-{i}.npy", tokens=n, documents=1, bytes=n, sha256="0" * 64) for i, n in enumerate(tokens)
     ]
-    return SampleOrder(tiny_run(**changes), Manifest(request={}, documents={}, splits={"train": shards}))
+    manifest = Manifest(request={}, documents={}, splits={"train": shards})
+    return SampleOrder(tiny_run(**changes), Mixture([Component("", manifest)]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,9 +78,10 @@ def test_ranks_share_a_step_without_loss(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_blocks_bring_the_right_tokens_from_any_step(make_data: Callable[..., str], world_size: int) -> None:
     run = tiny_run(data__path=make_data([700, 45, 900]), train__steps=60)
-    manifest = read_manifest(run.data_path)
-    stream = np.concatenate([np.load(f"{run.data_path}/{s.file}") for s in manifest.splits["train"]])
-    order = SampleOrder(run, manifest)
+    data = Mixture.open(run)
+    (part,) = data.components
+    stream = np.concatenate([np.load(f"{part.path}/{s.file}") for s in part.manifest.splits["train"]])
+    order = SampleOrder(run, data)
     for start in (0, 37):
         for rank in range(world_size):
             blocks = local_blocks(run, rank, world_size, start)

@@ -1,0 +1,153 @@
+"""Several data sets mixed by weight: exact shares, own epochs, a pure function of the position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2dist.config import RunConfig, UserError
+from gpt2dist.data.blocks import local_blocks, split_blocks
+from gpt2dist.data.mixture import SHARES, Component, MixedSplit, Mixture, _shares
+from gpt2dist.data.order import PADDING, SampleOrder, eval_ids
+from gpt2dist.data.shards import Manifest, Shard
+from gpt2dist.train.launch import preflight
+from tests.conftest import tiny_run
+
+
+def order_of(sizes: list[int], weights: list[float]) -> SampleOrder:
+    """One shard a data set, of `sizes` samples of 16 tokens."""
+    shards = [
+        Shard(file=f"t-{i}.npy", tokens=16 * n + 1, documents=1, bytes=1, sha256="0" * 64) for i, n in enumerate(sizes)
+    ]
+    manifests = [Manifest(request={"i": i}, documents={}, splits={"train": [s]}) for i, s in enumerate(shards)]
+    data = Mixture([Component(str(i), m, n) for i, (m, n) in enumerate(zip(manifests, _shares(weights), strict=True))])
+    return SampleOrder(tiny_run(), data)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=5),
+    weights=st.lists(st.floats(1e-3, 1e3), min_size=5, max_size=5),
+    cuts=st.lists(st.integers(0, 3 * SHARES), min_size=1, max_size=4),
+)
+def test_shares_are_exact_and_each_data_set_has_its_epochs(
+    sizes: list[int], weights: list[float], cuts: list[int]
+) -> None:
+    order = order_of(sizes, weights[: len(sizes)])
+    assert order.shares.sum() == SHARES
+    assert order.shares.min() >= 1
+    n = 3 * SHARES
+    ids = order.samples(0, n)
+    source = np.searchsorted(order.offsets, ids, side="right") - 1
+    for start in range(0, n, SHARES):
+        assert np.array_equal(np.bincount(source[start : start + SHARES], minlength=len(sizes)), order.shares)
+    for k, size in enumerate(order.sizes):  # every sample of a data set once before any of it twice
+        mine = ids[source == k]
+        for first in range(0, len(mine), size):
+            epoch = mine[first : first + size]
+            assert len(np.unique(epoch)) == len(epoch)
+    bounds = sorted({0, n, *cuts})  # any cut of positions gives the same sequence
+    assert np.array_equal(np.concatenate([order.samples(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]), ids)
+    for at in cuts:
+        seen = np.bincount(source[:at], minlength=len(sizes))
+        assert order.epochs(at) == pytest.approx((seen / order.sizes).tolist())
+
+
+def test_weights_are_kept_to_a_sixteen_thousandth() -> None:
+    weights = [0.7, 0.2, 0.0999, 0.0001]
+    assert abs(np.array(_shares(weights)) / SHARES - weights).max() < 2 / SHARES
+
+
+@pytest.fixture
+def mixed(make_data: Callable[..., str]) -> RunConfig:
+    paths = {make_data([700, 45], name="a"): 3.0, make_data([900], name="b"): 1, make_data([400, 80], name="c"): 1}
+    return tiny_run(data__path=paths, train__steps=60)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_blocks_bring_the_tokens_of_the_right_data_set(mixed: RunConfig, world_size: int) -> None:
+    data = Mixture.open(mixed)
+    order = SampleOrder(mixed, data)
+    streams = [
+        np.concatenate([np.load(f"{c.path}/{s.file}") for s in c.manifest.splits["train"]]) for c in data.components
+    ]
+    for rank in range(world_size):
+        for step, batch in enumerate(
+            split_blocks(local_blocks(mixed, rank, world_size, 0), mixed, rank, world_size, 0)
+        ):
+            assert np.array_equal(batch.ids, order.rank_step(step, rank, world_size))
+            for i, row in zip(batch.ids.reshape(-1), batch.tokens.reshape(-1, 17), strict=True):
+                if i != PADDING:
+                    k = int(np.searchsorted(order.offsets, i, side="right")) - 1
+                    at = 16 * int(i - order.offsets[k])
+                    assert np.array_equal(row, streams[k][at : at + 17])
+
+
+def test_order_and_fingerprint_do_not_depend_on_the_table(mixed: RunConfig) -> None:
+    assert isinstance(mixed.data.path, dict)
+    turned = tiny_run(data__path=dict(reversed(mixed.data.path.items())), train__steps=60)
+    doubled = tiny_run(data__path={path: 2 * weight for path, weight in mixed.data.path.items()}, train__steps=60)
+    for other in (turned, doubled):
+        assert Mixture.open(other).fingerprint == Mixture.open(mixed).fingerprint
+        a, b = (SampleOrder(run, Mixture.open(run)) for run in (mixed, other))
+        assert np.array_equal(a.samples(0, 500), b.samples(0, 500))
+    heavier = tiny_run(data__path={path: i + 1.0 for i, path in enumerate(mixed.data.path)})
+    assert Mixture.open(heavier).fingerprint != Mixture.open(mixed).fingerprint
+
+
+def test_evaluation_reads_every_data_set_and_no_sample_twice(mixed: RunConfig) -> None:
+    data = Mixture.open(mixed)
+    run = mixed.model_copy(update={"eval": mixed.eval.model_copy(update={"batches": 40})})
+    ids = eval_ids(run, data).reshape(-1)
+    split = MixedSplit(data, "val", 16)
+    assert len(np.unique(ids)) == len(ids) == 80
+    share = np.bincount(np.searchsorted(split.offsets, ids, side="right") - 1, minlength=3) / 80
+    weight = np.array([c.share for c in data.components]) / SHARES
+    assert abs(share - weight).max() < 0.15
+
+
+def test_run_file_round_trips_and_resume_needs_the_same_mixture(mixed: RunConfig, tmp_path: Path) -> None:
+    from gpt2dist.config import parse_toml
+
+    run = mixed.model_copy(update={"storage": str(tmp_path / "runs")})
+    assert parse_toml(run.absolute().to_toml().encode(), "run.toml") == run.absolute()
+    assert not preflight(run, "run.toml").finished
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ({"a": 0.5, "b": 0}, "data.path: the weight of b must be a number above 0, got 0"),
+        ({"a": "much"}, 'data.path: the weight of a must be a number above 0, got "much"'),
+        (3, "data.path: a path, or a table"),
+        ({}, "data.path: a path, or a table"),
+    ],
+)
+def test_wrong_weights_are_named(path: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_run(data__path=path)
+
+
+def test_the_same_data_twice_and_data_too_short_are_refused(make_data: Callable[..., str], tmp_path: Path) -> None:
+    a, b = make_data([500], name="a"), make_data([500], name="b")
+    with pytest.raises(UserError, match="a and .*b are the same data set"):
+        Mixture.open(tiny_run(data__path={a: 1, b: 1}))
+    short = make_data([10], name="short")
+    with pytest.raises(UserError, match=r"short: shorter than one sample of data.seq_len = 16"):
+        preflight(tiny_run(data__path={a: 1, short: 1}, storage=str(tmp_path / "runs")), "run.toml")
+    no_val = make_data([700], val=0, name="no_val")
+    with pytest.raises(UserError, match=r"no_val: 0.*eval.every_steps = 0"):
+        preflight(tiny_run(data__path={a: 1, no_val: 1}, storage=str(tmp_path / "runs")), "run.toml")
+
+
+def test_single_data_set_has_its_own_fingerprint(make_data: Callable[..., str]) -> None:
+    path = make_data([500])
+    manifest = Manifest.model_validate(json.loads(Path(path, "manifest.json").read_text()))
+    assert Mixture.open(tiny_run(data__path=path)).fingerprint == manifest.fingerprint
+    assert Mixture.open(tiny_run(data__path={path: 0.3})).fingerprint == manifest.fingerprint
