@@ -32,8 +32,8 @@ check: setup  ## lint, format, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup  ## time the whole stack against the same engine in a bare loop, interleaved
-	@$(BIN)/python -m tests.bench.overhead
+bench: setup  ## every performance figure, each a ratio measured in one run; writes build/bench.json
+	@$(BIN)/python -m tests.bench
 
 docs: setup  ## write docs/config.md from the code
 	@$(BIN)/python docs/make_config.py

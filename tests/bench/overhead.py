@@ -1,29 +1,28 @@
-"""`make bench`: the whole stack (Ray Train + Ray Data + DeepSpeed) against the same engine in a bare loop.
+"""The whole stack (Ray Train + Ray Data + DeepSpeed) against the same engine in a bare loop.
 
-Interleaved A B A B, one worker, the same threads on both sides; tokens/s is the median over the steps of a run
-after its first ones. Prints a table and writes build/bench.json: a list of {name, ratio, low, high, bar, unit}.
+One worker, the same threads on both sides; tokens/s is the median over the steps of a run after its first ones.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
 from gpt2dist.train import rundir
+from tests.bench.common import Row, interleaved
 from tests.conftest import ROOT, make_shard, tiny_run
 
-PAIRS, STEPS, WARM = 5, 24, 8
-BAR = 0.975
+STEPS, WARM = 24, 8
 
 
 def make_run(directory: Path, name: str) -> RunConfig:
@@ -58,7 +57,8 @@ def bare_loop(run: RunConfig, directory: Path) -> float:
     return tokens_per_s(run)
 
 
-def main() -> None:
+def stack() -> Iterator[Row]:
+    """tokens/s of the whole stack (Ray Train + Ray Data + DeepSpeed) ÷ the same engine in a bare loop."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -67,22 +67,9 @@ def main() -> None:
         shard = make_shard(directory / "data", "train-00000.npy", tokens)
         manifest = Manifest(request={}, documents={}, splits={"train": [shard]})
         (directory / "data" / "manifest.json").write_bytes(manifest.to_bytes())
-        ratios = []
-        for pair in track(range(PAIRS), "pairs"):
-            stack = whole_stack(make_run(directory, f"stack-{pair}"), directory)
-            ratios.append(stack / bare_loop(make_run(directory, f"bare-{pair}"), directory))
-    row = {
-        "name": "whole stack / bare engine loop, 1 worker x 1 thread",
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "bar": BAR,
-        "unit": "tokens/s ratio",
-    }
-    (ROOT / "build").mkdir(exist_ok=True)
-    (ROOT / "build" / "bench.json").write_text(json.dumps([row], indent=1) + "\n")
-    print(f"{row['name']}: {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), bar {BAR}")
-
-
-if __name__ == "__main__":
-    main()
+        number = count()
+        ratios = interleaved(
+            lambda: whole_stack(make_run(directory, f"stack-{next(number)}"), directory),
+            lambda: bare_loop(make_run(directory, f"bare-{next(number)}"), directory),
+        )
+    yield Row("whole stack / bare engine loop, 1 worker x 1 thread", ratios, 0.975, "tokens/s ratio")

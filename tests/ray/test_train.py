@@ -135,6 +135,29 @@ def test_killed_driver_resumes_bitwise(
 
 
 @pytest.mark.timeout(300)
+def test_stopped_and_resumed_with_two_one_and_three_workers(
+    ranks: Callable[..., list[Any]], make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
+) -> None:
+    """A mixture, with another number of workers in each part: the samples of each step are those of one run."""
+    data = {make_data([3000, 900], name="a"): 2.0, make_data([1500], name="b"): 1.0}
+    undisturbed = tiny_run(name="undisturbed", storage=str(tmp_path), data__path=data, train__steps=40)
+    ranks(jobs.train_runs, 2, [undisturbed])
+    run = tiny_run(name="resized", storage=str(tmp_path), data__path=data, train__steps=40)
+    write(run, tmp_path)
+    for workers, stop_at in ((2, 13), (1, 22), (3, 40)):
+        changes = [f"cluster.workers={workers}", f"train.stop_at={stop_at}"]
+        done = gpt2dist("train", f"{run.name}.toml", *(arg for change in changes for arg in ("--set", change)))
+        assert done.returncode == 0, done.stdout + done.stderr
+    ledgers = [rundir.ledger_log(r.run_dir).read() for r in (undisturbed, run)]
+    ids, resized_ids = ([line["samples_sha256"] for line in lines] for lines in ledgers)
+    assert resized_ids == ids
+    assert [line["world_size"] for line in ledgers[1]] == 13 * [2] + 9 * [1] + 18 * [3]
+    assert logged(run) == pytest.approx(logged(undisturbed), abs=1e-5)
+    assert_audit(gpt2dist, run, 40)
+    assert "epochs" in done.stdout
+
+
+@pytest.mark.timeout(300)
 def test_killed_worker_restarts_and_ctrl_c_saves(make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path) -> None:
     run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), train__steps=100_000)
     with training(write(run, tmp_path)) as process:

@@ -1,0 +1,51 @@
+"""`make bench`: every benchmark, each ratio measured in one run. Prints a table, writes build/bench.json.
+
+python -m tests.bench [name ...] runs only those whose name contains one of the words.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench import overhead, preparation, stream
+from tests.bench.common import Row
+from tests.conftest import ROOT
+
+BENCHMARKS = {
+    "prepare-speed": preparation.speed,
+    "prepare-memory": preparation.memory,
+    "stream": stream.alone,
+    "data-wait": stream.wait,
+    "overhead": overhead.stack,
+}
+
+
+def main() -> None:
+    """All benchmarks, or those that the arguments name."""
+    console = Console()
+    wanted = [name for name in BENCHMARKS if not sys.argv[1:] or any(word in name for word in sys.argv[1:])]
+    if not wanted:
+        sys.exit(f"no benchmark of that name; there are: {', '.join(BENCHMARKS)}")
+    path = ROOT / "build" / "bench.json"
+    path.parent.mkdir(exist_ok=True)
+    rows: dict[str, Row] = {}
+    for name in wanted:
+        with console.status(f"{name} ({len(rows)} rows so far)"):
+            for row in BENCHMARKS[name]():
+                rows[row.name] = row
+        path.write_text(json.dumps([row.to_json() for row in rows.values()], indent=1) + "\n")
+    table = Table("what", "ratio", "spread", "bar", "")
+    for row in rows.values():
+        values = row.to_json()
+        bar = f"{'≤' if row.at_most else '≥'} {row.bar:g}"
+        spread = f"{values['low']:.3f} to {values['high']:.3f}"
+        table.add_row(row.name, f"{values['ratio']:.3f}", spread, bar, "met" if row.met else "NOT met")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
