@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import overhead, preparation, stream
+from tests.bench import preparation, stream, training
 from tests.bench.common import Row
 from tests.conftest import ROOT
 
@@ -20,7 +20,9 @@ BENCHMARKS = {
     "prepare-memory": preparation.memory,
     "stream": stream.alone,
     "data-wait": stream.wait,
-    "overhead": overhead.stack,
+    "peers": training.peers,
+    "overhead": training.overhead,
+    "scaling": training.scaling,
 }
 
 

@@ -1,10 +1,9 @@
-"""The engine and the loop alone, one process: the other side of `tests.bench.overhead`."""
+"""The engine and the loop alone, one process: the other side of `tests.bench.training.overhead`."""
 
 from __future__ import annotations
 
 import sys
 
-import torch
 import torch.distributed as dist
 
 from gpt2dist.config import RunConfig
@@ -12,7 +11,6 @@ from tests.distributed.jobs import train_run
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
     train_run(RunConfig.model_validate_json(sys.argv[1]))
     dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""Training speed of the whole stack (Ray Train + Ray Data + DeepSpeed) against peers, and against its own engine.
+
+tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2dist.config import RunConfig
+from gpt2dist.data.shards import Manifest
+from gpt2dist.train import rundir
+from tests.bench import reference
+from tests.bench.common import PAIRS, Row, interleaved
+from tests.conftest import ROOT, make_shard, tiny_run
+
+STEPS, WARM = 20, 8
+_numbers = count()
+
+
+@contextmanager
+def _data() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        tokens = np.random.default_rng(0).integers(0, 50257, 200_000)
+        shard = make_shard(directory, "train-00000.npy", tokens)
+        manifest = Manifest(request={}, documents={}, splits={"train": [shard]})
+        (directory / "manifest.json").write_bytes(manifest.to_bytes())
+        yield directory
+
+
+def _run(directory: Path, *, threads: int, workers: int = 1, micro_batches: int = 1, **train: Any) -> RunConfig:
+    """The reference shape."""
+    return tiny_run(
+        name=f"run-{next(_numbers)}",
+        storage=str(directory),
+        model={"n_layer": reference.LAYERS, "n_head": reference.HEADS, "n_embd": reference.WIDTH},
+        data={"path": str(directory), "seq_len": reference.T},
+        batch={"micro_sequences": reference.BATCH, "micro_batches": micro_batches},
+        train={"steps": STEPS, "precision": "bf16", "zero_stage": 2, **train},
+        optim={"lr": 6e-4, "warmup_steps": 0},
+        eval={"every_steps": 0},
+        checkpoint={"every_steps": 0},
+        cluster={"workers": workers, "cpus_per_worker": threads},
+    )
+
+
+def _median(run: RunConfig, key: str) -> float:
+    return statistics.median(row[key] for row in rundir.metrics_log(run.run_dir).read()[WARM:])
+
+
+def _execute(threads: int, *command: str) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    full = [sys.executable, "-m", *command]
+    done = subprocess.run(full, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def _whole_stack(run: RunConfig) -> float:
+    path = Path(f"{run.run_dir}.toml")
+    path.write_text(run.to_toml())
+    _execute(int(run.cluster.cpus_per_worker), "gpt2dist", "train", str(path))
+    return _median(run, "tokens_per_s")
+
+
+def _bare_loop(run: RunConfig) -> float:
+    _execute(int(run.cluster.cpus_per_worker), "tests.bench.bare", run.model_dump_json(), f"{run.run_dir}.store")
+    return _median(run, "tokens_per_s")
+
+
+def peers() -> Iterator[Row]:
+    """The whole stack with one worker of two threads ÷ each peer with two threads, and its MFU."""
+    ours: list[float] = []
+    mfu: list[float] = []
+    theirs: dict[str, list[float]] = {"plain": [], "fast": [], "transformers": []}
+    with _data() as directory:
+        for _ in range(PAIRS):
+            run = _run(directory, threads=2)
+            ours.append(_whole_stack(run))
+            mfu.append(_median(run, "mfu"))
+            for kind, rates in theirs.items():
+                rates.append(float(_execute(2, "tests.bench.reference", kind, str(STEPS), str(WARM))))
+    names = {
+        "plain": ("plain fp32 PyTorch loop", 2.8),
+        "fast": ("the loop with bf16 autocast + compile + fused AdamW", 1.10),
+        "transformers": ("transformers with bf16 + compile + fused AdamW", 1.10),
+    }
+    for kind, (name, bar) in names.items():
+        ratios = [a / b for a, b in zip(ours, theirs[kind], strict=True)]
+        yield Row(f"whole stack / {name}", ratios, bar, "tokens/s ratio")
+    yield Row("MFU against a bf16 matrix product of the same run", mfu, 0.48, "share")
+
+
+def overhead() -> Iterator[Row]:
+    """The whole stack ÷ the same engine driven by a bare loop, without Ray."""
+    with _data() as directory:
+        ratios = interleaved(
+            lambda: _whole_stack(_run(directory, threads=1)), lambda: _bare_loop(_run(directory, threads=1))
+        )
+    yield Row("whole stack / bare engine loop, 1 worker x 1 thread", ratios, 0.975, "tokens/s ratio")
+
+
+def scaling() -> Iterator[Row]:
+    """Two workers of one thread ÷ one worker of one thread, the same global batch."""
+    with _data() as directory:
+        ratios = interleaved(
+            lambda: _whole_stack(_run(directory, threads=1, workers=2, micro_batches=2)),
+            lambda: _whole_stack(_run(directory, threads=1, micro_batches=2)),
+        )
+    yield Row("2 workers x 1 thread / 1 x 1", ratios, 1.85, "tokens/s ratio")
