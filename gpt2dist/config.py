@@ -39,7 +39,7 @@ class PrepareSection(Section):
     """`builtin:stdlib`, files (.txt, .md, .jsonl, .json, also .gz or .zst; .parquet; .bin of tokens), directories,
     globs; local or URLs (`s3://`, `https://`, …)."""
     text_field: str = "text"
-    """The field of a JSON line, or the column of a .parquet, that holds the document."""
+    """The field of a JSON object, or the column of a .parquet, that holds the document."""
     output: str = ""
     """Directory of the prepared data set."""
     val_fraction: float = Field(default=0.01, ge=0, lt=1)
