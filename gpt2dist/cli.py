@@ -77,18 +77,21 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     from gpt2dist.data.prepare import prepare as run_prepare
     from gpt2dist.report import tables
     from gpt2dist.report.preparing import PrepareView
-    from gpt2dist.storage import check_writable, log_directory
+    from gpt2dist.storage import acquire_lock, check_writable, log_directory
 
     manifest = is_up_to_date(run)
     up_to_date = manifest is not None
     if manifest is None:
         check_writable(run.prepare.output)
+        lock = acquire_lock(run.prepare.output, "another process is preparing this data set")
         log = log_directory(run.prepare.output) / "prepare.log"
         cpus = run.prepare.cpus or os.cpu_count() or 1
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
             with PrepareView(console) as view, ray_session(cpus, 0, address):
-                manifest = run_prepare(run, view.update)
+                manifest = is_up_to_date(run) or run_prepare(run, view.update)  # perhaps another one has just ended
+        if lock:
+            lock.release()
     if as_json:
         tokens = {split: manifest.tokens(split) for split in manifest.splits}
         counts = {"documents": manifest.documents, "tokens": tokens, "fingerprint": manifest.fingerprint}
@@ -186,11 +189,11 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         return
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
-    from gpt2dist.storage import log_directory
+    from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
 
     ready = launch.preflight(run, run_file)
-    lock = launch.acquire_lock(run)
+    lock = acquire_lock(run.run_dir, "another process is training this run")
     started = time.time()
     if ready.finished:
         console = make_console(stderr=as_json)

@@ -9,7 +9,6 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import filelock
 import ray
 import ray.train
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -98,18 +97,6 @@ def _get(table: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
-
-
-def acquire_lock(run: RunConfig) -> filelock.BaseFileLock | None:
-    """Keep a second driver off a run directory on a file system; the lock goes when the process does."""
-    if not is_local(location(run.run_dir)):
-        return None
-    lock = filelock.FileLock(f"{run.run_dir}/.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{run.run_dir}: another process is training this run") from None
-    return lock
 
 
 class TrainJob:
