@@ -119,17 +119,7 @@ def data_verify(location: str, as_json: bool) -> None:
     Example:
       gpt2dist data verify data/stdlib
     """
-    from rich.progress import track
-
-    from gpt2dist.data import inspection
-    from gpt2dist.data.shards import read_manifest
-
-    manifest = read_manifest(location)
-    total = sum(map(len, manifest.splits.values()))
-    found = track(
-        inspection.verify(location, manifest), "hashing", total, console=make_console(stderr=True), transient=True
-    )
-    checks = list(found)
+    checks = _hash_shards(location)
     damaged = [check for check in checks if check.problem]
     if as_json:
         click.echo(json.dumps([{"file": c.file, "valid": not c.problem, "reason": c.problem} for c in checks]))
@@ -139,6 +129,20 @@ def data_verify(location: str, as_json: bool) -> None:
         click.echo(f"{location}: {len(checks) - len(damaged)} of {len(checks)} shards are good")
     if damaged:
         sys.exit(1)
+
+
+def _hash_shards(location: str) -> list[Any]:
+    """The outcome of `inspection.verify`, with a progress bar meanwhile."""
+    from rich.progress import track
+
+    from gpt2dist.data import inspection
+    from gpt2dist.data.shards import read_manifest
+
+    manifest = read_manifest(location)
+    total = sum(map(len, manifest.splits.values()))
+    checks = inspection.verify(location, manifest)
+    console = make_console(stderr=True)
+    return list(track(checks, "hashing", total, console=console, transient=True, disable=not console.is_terminal))
 
 
 @data.command("inspect")
@@ -193,6 +197,10 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     from gpt2dist.train import launch
 
     ready = launch.preflight(run, run_file)
+    if run.data.verify and not ready.finished:
+        for check in _hash_shards(run.data_path):
+            if check.problem:
+                raise UserError(f"{run.data_path.rstrip('/')}/{check.file}: shard is {check.problem}")
     lock = acquire_lock(run.run_dir, "another process is training this run")
     started = time.time()
     if ready.finished:

@@ -97,6 +97,9 @@ class DataSection(Section):
     """A prepared data set; by default prepare.output."""
     seq_len: int = Field(default=1024, ge=1)
     """Tokens a sequence (T); a sample holds T+1 ids."""
+    verify: bool = False
+    """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
+    copied from an object store."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)
