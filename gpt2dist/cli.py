@@ -348,17 +348,21 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     run, newest = _open_run(run_dir, overrides)
     manifest = read_manifest(run.data_path)
-    if manifest.fingerprint != newest.index.data_fingerprint:
+    lines = rundir.ledger_log(run_dir).read()
+    if manifest.fingerprint not in {newest.index.data_fingerprint, *(line.get("data") for line in lines)}:
         raise UserError(
             f"{run_dir}: trained on data set {newest.index.data_fingerprint[:16]}, but {run.data_path} is "
             f"{manifest.fingerprint[:16]}"
         )
-    lines = rundir.ledger_log(run_dir).read()
     result = ledger.audit(run, manifest, lines, newest.index.step)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
-        verdict = "every sample exactly once" if result.clean else "NOT every sample exactly once"
+        verdict = "every sample exactly once"
+        if result.duplicates or result.gaps:
+            verdict = f"NOT {verdict}"
+        elif result.unverifiable:
+            verdict = f"NOT proven: {result.unverifiable:,} other samples were of another data set"
         click.echo(
             f"{result.samples:,} samples in {result.steps:,} steps and {result.attempts} attempts: "
             f"{result.duplicates} duplicates, {result.gaps} gaps: {verdict}"

@@ -100,6 +100,9 @@ class DataSection(Section):
     verify: bool = False
     """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
     copied from an object store."""
+    allow_changed: bool = False
+    """Go on with a run although the data set is another one than it was trained on so far: which samples of this one it
+    has seen is then not known, and `audit` cannot prove the steps before."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)

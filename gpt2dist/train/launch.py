@@ -71,10 +71,10 @@ def preflight(run: RunConfig, source: str) -> Preflight:
     if found is None:
         return Preflight(0, finished=False)
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    if found.index.data_fingerprint != manifest.fingerprint:
+    if found.index.data_fingerprint != manifest.fingerprint and not run.data.allow_changed:
         raise UserError(
             f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
-            f"{run.data_path} is {manifest.fingerprint[:16]}"
+            f"{run.data_path} is {manifest.fingerprint[:16]}; to go on all the same: --set data.allow_changed=true"
         )
     _check_same_order(run, found.index.config, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
