@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 from pydantic_core import from_json
 
-from gpt2dist.data import json_array, sources
+from gpt2dist.data import json_array, parquet_footer, sources
 from gpt2dist.data.sources import Piece, open_piece
 from gpt2dist.data.token_files import HEADER_BYTES, Joined, Tokens, header_of, token_blocks, token_documents
 from gpt2dist.data.tokenizer import N_VOCAB
@@ -152,7 +152,12 @@ class Reader:
         with open_piece(piece) as f:
             size = f.seek(0, io.SEEK_END)
             try:
+                if parquet_footer.aborts(f):
+                    raise pa.ArrowInvalid("pyarrow aborts on its footer")
                 file = pq.ParquetFile(f, page_checksum_verification=True)
+                footer = file.metadata
+                if footer.num_rows != sum(footer.row_group(i).num_rows for i in range(footer.num_row_groups)):
+                    raise pa.ArrowInvalid("its row groups do not have the rows of the file")
                 problem = self._column_problem(file.schema_arrow)
             except _ARROW_ERRORS as e:
                 if isinstance(e, OSError) and not _is_damage(e):
