@@ -77,18 +77,21 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     from gpt2dist.data.prepare import prepare as run_prepare
     from gpt2dist.report import tables
     from gpt2dist.report.preparing import PrepareView
-    from gpt2dist.storage import check_writable, log_directory
+    from gpt2dist.storage import acquire_lock, check_writable, log_directory
 
     manifest = is_up_to_date(run)
     up_to_date = manifest is not None
     if manifest is None:
         check_writable(run.prepare.output)
+        lock = acquire_lock(run.prepare.output, "another process is preparing this data set")
         log = log_directory(run.prepare.output) / "prepare.log"
         cpus = run.prepare.cpus or os.cpu_count() or 1
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
             with PrepareView(console) as view, ray_session(cpus, 0, address):
-                manifest = run_prepare(run, view.update)
+                manifest = is_up_to_date(run) or run_prepare(run, view.update)  # perhaps another one has just ended
+        if lock:
+            lock.release()
     if as_json:
         tokens = {split: manifest.tokens(split) for split in manifest.splits}
         counts = {"documents": manifest.documents, "tokens": tokens, "fingerprint": manifest.fingerprint}
@@ -116,17 +119,7 @@ def data_verify(location: str, as_json: bool) -> None:
     Example:
       gpt2dist data verify data/stdlib
     """
-    from rich.progress import track
-
-    from gpt2dist.data import inspection
-    from gpt2dist.data.shards import read_manifest
-
-    manifest = read_manifest(location)
-    total = sum(map(len, manifest.splits.values()))
-    found = track(
-        inspection.verify(location, manifest), "hashing", total, console=make_console(stderr=True), transient=True
-    )
-    checks = list(found)
+    checks = _hash_shards(location)
     damaged = [check for check in checks if check.problem]
     if as_json:
         click.echo(json.dumps([{"file": c.file, "valid": not c.problem, "reason": c.problem} for c in checks]))
@@ -136,6 +129,20 @@ def data_verify(location: str, as_json: bool) -> None:
         click.echo(f"{location}: {len(checks) - len(damaged)} of {len(checks)} shards are good")
     if damaged:
         sys.exit(1)
+
+
+def _hash_shards(location: str) -> list[Any]:
+    """The outcome of `inspection.verify`, with a progress bar meanwhile."""
+    from rich.progress import track
+
+    from gpt2dist.data import inspection
+    from gpt2dist.data.shards import read_manifest
+
+    manifest = read_manifest(location)
+    total = sum(map(len, manifest.splits.values()))
+    checks = inspection.verify(location, manifest)
+    console = make_console(stderr=True)
+    return list(track(checks, "hashing", total, console=console, transient=True, disable=not console.is_terminal))
 
 
 @data.command("inspect")
@@ -186,11 +193,16 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         return
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
-    from gpt2dist.storage import log_directory
+    from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
 
     ready = launch.preflight(run, run_file)
-    lock = launch.acquire_lock(run)
+    if run.data.verify and not ready.finished:
+        for path in run.data_paths:
+            for check in _hash_shards(path):
+                if check.problem:
+                    raise UserError(f"{path.rstrip('/')}/{check.file}: shard is {check.problem}")
+    lock = acquire_lock(run.run_dir, "another process is training this run")
     started = time.time()
     if ready.finished:
         console = make_console(stderr=as_json)
@@ -337,17 +349,21 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     run, newest = _open_run(run_dir, overrides)
     data = Mixture.open(run)
-    if data.fingerprint != newest.index.data_fingerprint:
+    lines = rundir.ledger_log(run_dir).read()
+    if data.fingerprint not in {newest.index.data_fingerprint, *(line.get("data") for line in lines)}:
         raise UserError(
             f"{run_dir}: trained on data set {newest.index.data_fingerprint[:16]}, but {data} is "
             f"{data.fingerprint[:16]}"
         )
-    lines = rundir.ledger_log(run_dir).read()
     result = ledger.audit(run, data, lines, newest.index.step)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
-        verdict = "every sample exactly once" if result.clean else "NOT every sample exactly once"
+        verdict = "every sample exactly once"
+        if result.duplicates or result.gaps:
+            verdict = f"NOT {verdict}"
+        elif result.unverifiable:
+            verdict = f"NOT proven: {result.unverifiable:,} other samples were of another data set"
         click.echo(
             f"{result.samples:,} samples in {result.steps:,} steps and {result.attempts} attempts: "
             f"{result.duplicates} duplicates, {result.gaps} gaps: {verdict}"

@@ -40,7 +40,7 @@ class PrepareSection(Section):
     """`builtin:stdlib`, files (.txt, .md, .jsonl, .json, also .gz or .zst; .parquet; .bin of tokens), directories,
     globs; local or URLs (`s3://`, `https://`, …)."""
     text_field: str = "text"
-    """The field of a JSON line, or the column of a .parquet, that holds the document."""
+    """The field of a JSON object, or the column of a .parquet, that holds the document."""
     output: str = ""
     """Directory of the prepared data set."""
     val_fraction: float = Field(default=0.01, ge=0, lt=1)
@@ -98,6 +98,12 @@ class DataSection(Section):
     """A prepared data set, or a table of them with their weights; by default prepare.output."""
     seq_len: int = Field(default=1024, ge=1)
     """Tokens a sequence (T); a sample holds T+1 ids."""
+    verify: bool = False
+    """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
+    copied from an object store."""
+    allow_changed: bool = False
+    """Go on with a run although the data set is another one than it was trained on so far: which samples of this one it
+    has seen is then not known, and `audit` cannot prove the steps before."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)

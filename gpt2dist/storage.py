@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
+import filelock
 from fsspec.core import url_to_fs
 from upath import UPath
 
@@ -184,6 +185,22 @@ def check_writable(text: str) -> None:
         remove(probe)
     except OSError as e:
         raise UserError(f"storage: cannot write to {text}: {e.strerror or e}") from None
+
+
+def acquire_lock(text: str, busy: str) -> filelock.BaseFileLock | None:
+    """Keep other processes off a directory on a file system; the lock goes when the process does.
+
+    Raises:
+        UserError: another one holds it, which `busy` says.
+    """
+    if not is_local(location(text)):
+        return None
+    lock = filelock.FileLock(f"{text}/.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{text}: {busy}") from None
+    return lock
 
 
 # ---------------------------------------------------------------------- reading

@@ -112,11 +112,18 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
         for i, pieces in enumerate(chunks)
         if i not in parts
     ]
+    failed: dict[str, Any] | None = None
     for row in execute(_tokenize, rows, absolute) if rows else ():
-        part = _part_of(row, chunks)
-        parts[part.index] = part
-        state = _advance(state, part, sizes[part.index])
-        on_progress(state)
+        if row["part"]:
+            part = _part_of(row, chunks)
+            parts[part.index] = part
+            state = _advance(state, part, sizes[part.index])
+            on_progress(state)
+        elif failed is None or row["index"] < failed["index"]:
+            failed = row
+        # The first problem in the order of the sources is reported, whichever task ends first.
+        if failed and all(i in parts for i in range(failed["index"])):
+            _part_of(failed, chunks)
     ordered = [parts[i] for i in range(len(chunks))]
     if p.dedup != "none":
         on_progress(replace(state, step="removing duplicates"))

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import aiohttp
@@ -16,17 +16,16 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 from pydantic_core import from_json
 
-from gpt2dist.data import sources
-from gpt2dist.data.sources import Piece
+from gpt2dist.data import json_array, parquet_footer, sources
+from gpt2dist.data.sources import Piece, open_piece
 from gpt2dist.data.token_files import HEADER_BYTES, Joined, Tokens, header_of, token_blocks, token_documents
 from gpt2dist.data.tokenizer import N_VOCAB
-from gpt2dist.storage import filesystem
 
 MAX_RECORD_BYTES = 1 << 30
 """A longer line, text file or token document is a bad record: it would have to fit in memory."""
 RAW_BYTES = 1000
 """Of a bad record, kept for the quarantine file."""
-UNITS = {"lines": "line", "parquet": "row", "tokens": "document"}
+UNITS = {"lines": "line", "array": "element", "parquet": "row", "tokens": "document"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Document:
     """A document: text, or the token ids of a .bin file."""
 
     line: int
-    """Of a line, row or token document: which of those that start in the piece, from 1. Of a file: 0."""
+    """Of a line, element, row or token document: which of those that start in the piece, from 1. Of a file: 0."""
     text: str = ""
     tokens: Tokens | None = None
     """uint16 [tokens], without <|endoftext|>."""
@@ -68,23 +67,23 @@ class Reader:
         self.piece = piece
         self.field = text_field
         self.lines = 0
-        """Lines, rows or token documents that started in the piece so far."""
+        """Lines, elements, rows or token documents that started in the piece so far."""
 
     def __iter__(self) -> Iterator[Document | BadRecord]:
-        read = {"lines": self._lines, "parquet": self._parquet, "tokens": self._tokens, "topics": self._topics}
         try:
-            yield from read.get(self.piece.kind, self._text_file)()
+            yield from getattr(self, f"_{self.piece.kind}")()
         except (OSError, aiohttp.ClientError, BotoCoreError) as e:
             if not isinstance(e, OSError) or not _is_damage(e):
                 path = sources.without_secrets(self.piece.path)
                 raise CannotRead(f"{path}: cannot be read: {getattr(e, 'strerror', None) or _one_line(e)}") from e
-            yield BadRecord(self.lines + 1 if self.piece.kind == "lines" else 0, "damaged file", str(e))
+            in_lines = self.piece.kind in ("lines", "array")
+            yield BadRecord(self.lines + 1 if in_lines else 0, "damaged file", str(e))
 
     def _topics(self) -> Iterator[Document]:
         for text in importlib.import_module(sources.TOPICS).topics.values():
             yield Document(0, text)
 
-    def _text_file(self) -> Iterator[Document | BadRecord]:
+    def _text(self) -> Iterator[Document | BadRecord]:
         with open_piece(self.piece) as f:
             data = f.read(MAX_RECORD_BYTES + 1)
         yield self._decode(0, data)
@@ -110,6 +109,19 @@ class Reader:
                     record = self._json(self.lines, line)
                     del line  # it may be huge
                     yield record
+
+    def _array(self) -> Iterator[Document | BadRecord]:
+        with open_piece(self.piece) as f:
+            for text, problem in json_array.elements(f, MAX_RECORD_BYTES):
+                self.lines += 1
+                bad = BadRecord(self.lines, "broken JSON", problem, text[:RAW_BYTES])
+                record = bad if problem else self._json(self.lines, text)
+                if isinstance(record, BadRecord) and record.reason == "broken JSON":
+                    # Where the next element begins, no one can tell for sure.
+                    yield replace(record, detail=f"{record.detail}; nothing after it in this file can be read")
+                    return
+                del text
+                yield record
 
     def _json(self, number: int, line: bytes) -> Document | BadRecord:
         raw = line[:RAW_BYTES]
@@ -140,7 +152,12 @@ class Reader:
         with open_piece(piece) as f:
             size = f.seek(0, io.SEEK_END)
             try:
+                if parquet_footer.aborts(f):
+                    raise pa.ArrowInvalid("pyarrow aborts on its footer")
                 file = pq.ParquetFile(f, page_checksum_verification=True)
+                footer = file.metadata
+                if footer.num_rows != sum(footer.row_group(i).num_rows for i in range(footer.num_row_groups)):
+                    raise pa.ArrowInvalid("its row groups do not have the rows of the file")
                 problem = self._column_problem(file.schema_arrow)
             except _ARROW_ERRORS as e:
                 if isinstance(e, OSError) and not _is_damage(e):
@@ -226,21 +243,6 @@ class Reader:
                     continue  # llm.c puts <|endoftext|> before each document, nanoGPT after: no document in front of it
                 self.lines += 1
                 yield _checked_tokens(self.lines, ids)
-
-
-def open_piece(piece: Piece) -> BinaryIO:
-    """The file of a piece at its beginning, decompressed."""
-    if "://" not in piece.path:
-        f: Any = open(piece.path, "rb", buffering=1 << 20)
-    else:
-        fs, path = filesystem(piece.path)
-        streamed = piece.whole and piece.path.startswith("http")  # without range requests
-        f = fs.open(path, "rb", block_size=0 if streamed else 1 << 23)
-        f = f if streamed and piece.codec else io.BufferedReader(f, 1 << 20)
-    if piece.codec:
-        # A small buffer: what was read before the damage in a truncated file is kept.
-        f = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(f, "r"), piece.codec), 1 << 16)
-    return f  # type: ignore[no-any-return]
 
 
 def lines_before(piece: Piece) -> int:

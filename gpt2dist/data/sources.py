@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import glob
 import importlib
+import io
 import json
 import os
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
+import pyarrow as pa
+
 from gpt2dist.config import PrepareSection, UserError
+from gpt2dist.data import json_array
 from gpt2dist.storage import filesystem
 
 STDLIB = "builtin:stdlib"
@@ -34,8 +39,8 @@ class Piece:
     path: str
     """Local path or URL."""
     kind: str
-    """`text`: a document a file; `lines`: a JSON object a line; `parquet`; `tokens`: nanoGPT's or llm.c's .bin;
-    `topics`: pydoc's help texts."""
+    """`text`: a document a file; `lines`: a JSON object a line; `array`: one JSON array of objects; `parquet`;
+    `tokens`: nanoGPT's or llm.c's .bin; `topics`: pydoc's help texts."""
     start: int
     stop: int
     source: int = 0
@@ -96,6 +101,21 @@ def from_json(text: str) -> list[Piece]:
     return [Piece(**item) for item in json.loads(text)]
 
 
+def open_piece(piece: Piece, block_bytes: int = 1 << 23) -> BinaryIO:
+    """The file of a piece at its beginning, decompressed; of a remote one at least `block_bytes` are fetched."""
+    if "://" not in piece.path:
+        f: Any = open(piece.path, "rb", buffering=1 << 20)
+    else:
+        fs, path = filesystem(piece.path)
+        streamed = piece.whole and piece.path.startswith("http")  # without range requests
+        f = fs.open(path, "rb", block_size=0 if streamed else block_bytes)
+        f = f if streamed and piece.codec else io.BufferedReader(f, min(1 << 20, block_bytes))
+    if piece.codec:
+        # A small buffer: what was read before the damage in a truncated file is kept.
+        f = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(f, "r"), piece.codec), 1 << 16)
+    return f  # type: ignore[no-any-return]
+
+
 def without_secrets(location: str) -> str:
     """A URL without user, password and query (a signature, often); for manifests, logs and messages."""
     if "://" not in location:
@@ -126,7 +146,8 @@ def _expand(source: str, index: int) -> list[Piece]:
         found = {path: info for path, info in found.items() if _kind(path)}
     if not found:
         raise UserError(f"prepare.sources: {shown}: no such file, or nothing in it that can be read")
-    return [_piece(path, found[path], index) for path in sorted(found)]
+    with ThreadPoolExecutor(16) as threads:  # for a look into remote .json files
+        return list(threads.map(lambda path: _piece(path, found[path], index), sorted(found)))
 
 
 def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
@@ -184,7 +205,21 @@ def _piece(path: str, info: dict[str, Any], source: int) -> Piece:
     if not partial and kind == "parquet":
         raise UserError(f"prepare.sources: {shown}: the server has no range requests; download it first")
     whole = kind == "text" or bool(_suffixes(path)[1]) or not partial
-    return Piece(path, kind, 0, max(size, 1), source, whole)  # an empty file is a record too, a bad one
+    piece = Piece(path, kind, 0, max(size, 1), source, whole)  # an empty file is a record too, a bad one
+    return replace(piece, kind="array", whole=True) if _is_array(piece) else piece
+
+
+def _is_array(piece: Piece) -> bool:
+    if _suffixes(piece.path)[0] != ".json":
+        return False
+    try:
+        with open_piece(piece, block_bytes=1 << 16) as f:
+            return json_array.is_array(f)
+    except Exception as e:
+        if type(e) is OSError and e.errno is None:  # damaged: the task that reads it will say so
+            return False
+        text = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"prepare.sources: {without_secrets(piece.path)}: cannot be read: {text}") from None
 
 
 def _stdlib(source: int) -> list[Piece]:

@@ -21,11 +21,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     (softmax − one-hot) takes their place in memory during the forward pass.
     """
     if torch.is_grad_enabled():
-        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, vocab_size)
+        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, vocab_size)  # type: ignore[no-untyped-call]
         return loss
     logits = F.linear(x, weight)
     rows = ROWS[x.device.type]
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     losses = [F.cross_entropy(part[:, :vocab_size].float(), t, reduction="none") for part, t in parts]
     return torch.cat(losses).mean()
 
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         scale = grad_loss / len(x)
         # Scaled in fp32 after the product, so that small loss weights cost no precision.

@@ -9,7 +9,6 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import filelock
 import ray
 import ray.train
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -77,10 +76,10 @@ def preflight(run: RunConfig, source: str) -> Preflight:
     if found is None:
         return Preflight(0, finished=False)
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    if found.index.data_fingerprint != data.fingerprint:
+    if found.index.data_fingerprint != data.fingerprint and not run.data.allow_changed:
         raise UserError(
             f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
-            f"{data} is {data.fingerprint[:16]}"
+            f"{data} is {data.fingerprint[:16]}; to go on all the same: --set data.allow_changed=true"
         )
     _check_same_order(run, found.index.config, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
@@ -103,18 +102,6 @@ def _get(table: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
-
-
-def acquire_lock(run: RunConfig) -> filelock.BaseFileLock | None:
-    """Keep a second driver off a run directory on a file system; the lock goes when the process does."""
-    if not is_local(location(run.run_dir)):
-        return None
-    lock = filelock.FileLock(f"{run.run_dir}/.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{run.run_dir}: another process is training this run") from None
-    return lock
 
 
 class TrainJob:

@@ -1,8 +1,8 @@
 """The ledger: which samples each committed step trained on, and the audit that proves it.
 
 `ledger.jsonl` has a line a step: step, positions, hash of the sample ids that the ranks really received,
-world size, attempt. Lines are written before the checkpoint that commits them; on a resume, lines of steps
-that were not committed are dropped, so every step stands once.
+world size, attempt, fingerprint of the data set. Lines are written before the checkpoint that commits them; on a
+resume, lines of steps that were not committed are dropped, so every step stands once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import Ids, SampleOrder, ids_digest
 
 
-def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int) -> dict[str, Any]:
-    """The ledger's line for a step; ids: what all ranks received, any shape, padding included."""
+def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int, data: str) -> dict[str, Any]:
+    """The ledger's line for a step; ids: what all ranks received, any shape, padding included; data: fingerprint."""
     size = run.global_batch
     return {
         "step": step,
@@ -24,6 +24,7 @@ def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int) ->
         "samples_sha256": ids_digest(ids.reshape(-1)),
         "world_size": world_size,
         "attempt": attempt,
+        "data": data,
     }
 
 
@@ -43,11 +44,13 @@ class Audit:
     """Committed steps."""
     attempts: int
     """Starts of the worker group that committed a step."""
+    unverifiable: int
+    """Samples of steps that were trained on another data set: their ids cannot be held against its order."""
 
     @property
     def clean(self) -> bool:
-        """Every sample exactly once."""
-        return self.duplicates == 0 and self.gaps == 0
+        """Every sample exactly once, and proven."""
+        return self.duplicates == self.gaps == self.unverifiable == 0
 
     def to_json(self) -> dict[str, int]:
         """For --json."""
@@ -55,25 +58,33 @@ class Audit:
 
 
 def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_step: int) -> Audit:
-    """Hold the ledger of a run up to `committed_step` against the order, which is computed afresh."""
+    """Hold the ledger of a run up to `committed_step` against the order, which is computed afresh.
+
+    Of steps on another data set than `data` only the positions can be checked.
+    """
     order = SampleOrder(run, data)
     size = run.global_batch
     lines = [line for line in lines if line["step"] < committed_step]
+    fingerprint = data.fingerprint
     right: set[int] = set()
+    elsewhere: set[int] = set()
     duplicates = 0
     for line in lines:
         step = line["step"]
-        if step in right:
+        if step in right or step in elsewhere:
             duplicates += size
-        elif line["positions"] == [step * size, (step + 1) * size] and line["samples_sha256"] == ids_digest(
-            order.step(step).reshape(-1)
-        ):
+        elif line["positions"] != [step * size, (step + 1) * size]:
+            continue
+        elif line.get("data", fingerprint) != fingerprint:
+            elsewhere.add(step)
+        elif line["samples_sha256"] == ids_digest(order.step(step).reshape(-1)):
             right.add(step)
     return Audit(
         samples=len(right) * size,
         duplicates=duplicates,
-        gaps=(committed_step - len(right)) * size,
+        gaps=(committed_step - len(right) - len(elsewhere)) * size,
         skipped=0,
         steps=committed_step,
         attempts=len({line["attempt"] for line in lines}),
+        unverifiable=len(elsewhere) * size,
     )

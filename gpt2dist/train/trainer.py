@@ -164,6 +164,9 @@ class Trainer:
             self.engine.state_changed()
             self.engine.load_scalars(candidate.index.scalars)
             self.step = self.saved_step = step
+            before, now = candidate.index.data_fingerprint, self.data.fingerprint
+            if before != now:
+                self._event("data_changed", step=step, before=before, now=now)
             break
         self._open_attempt()
 
@@ -193,8 +196,12 @@ class Trainer:
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
         first = self.step - ids.shape[1]
+        data = self.data.fingerprint
         self.ledger.append(
-            *(ledger.entry(self.run, first + i, ids[:, i], self.world_size, self.attempt) for i in range(ids.shape[1]))
+            *(
+                ledger.entry(self.run, first + i, ids[:, i], self.world_size, self.attempt, data)
+                for i in range(ids.shape[1])
+            )
         )
         self.ledger.sync()
         self.metrics.sync()

@@ -109,6 +109,20 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.01)
 
 
+def test_two_preparations_in_one_directory(tmp_path: Path) -> None:
+    make_corpus(tmp_path, megabytes=10, shard_mb=0.5)
+    process = start(tmp_path, "out", 1)
+    wait_until(lambda: (tmp_path / "out/.lock").exists(), process)
+    second = start(tmp_path, "out", 1)
+    _, err = second.communicate(timeout=60)
+    assert process.poll() is None
+    assert second.returncode == 2
+    assert err.splitlines() == ["error: out: another process is preparing this data set"]
+    expected = finish(process)
+    assert finish(start(tmp_path, "out", 1)) == expected  # up to date
+    assert subprocess.run([sys.executable, "-m", "gpt2dist", "data", "verify", "out"], cwd=tmp_path).returncode == 0
+
+
 def test_a_bad_record_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     make_corpus(tmp_path, megabytes=0.1, shard_mb=64)
     command = [sys.executable, "-m", "gpt2dist", "prepare", "run.toml", "--set", "prepare.on_bad_record=fail"]

@@ -95,6 +95,16 @@ def test_damaged_data_set(run_file: str, tmp_path: Path) -> None:
     assert_one_line(cli("train", run_file), "train-00000.npy: shard is missing")
 
 
+def test_an_altered_shard_is_found_where_the_hashes_are_verified(run_file: str, tmp_path: Path) -> None:
+    for name in ("val-00000.npy", "train-00000.npy"):
+        data = bytearray((tmp_path / "data" / name).read_bytes())
+        data[-300] ^= 1
+        (tmp_path / "data" / name).write_bytes(data)
+        result = cli("train", run_file, "--set", "data.verify=true")
+        assert_one_line(result, f"data/{name}: shard is altered: its sha256 is not the manifest's")
+        assert f"DAMAGED: data/{name}: altered" in cli("data", "verify", "data").stdout
+
+
 def test_storage_not_writable(run_file: str) -> None:
     Path("file").write_text("")
     result = cli("train", run_file, "--set", "storage=file")

@@ -20,8 +20,9 @@ def run(make_data: Callable[..., str]) -> RunConfig:
 
 
 def ledger_of(run: RunConfig, steps: int = 12) -> Lines:
-    order = SampleOrder(run, Mixture.open(run))
-    return [entry(run, s, order.step(s), 1 + s % 3, 1 + s // 5) for s in range(steps)]
+    data = Mixture.open(run)
+    order = SampleOrder(run, data)
+    return [entry(run, s, order.step(s), 1 + s % 3, 1 + s // 5, data.fingerprint) for s in range(steps)]
 
 
 def result(run: RunConfig, lines: Lines, committed: int = 12) -> Audit:
@@ -29,7 +30,7 @@ def result(run: RunConfig, lines: Lines, committed: int = 12) -> Audit:
 
 
 def test_clean(run: RunConfig) -> None:
-    expected = {"samples": 96, "duplicates": 0, "gaps": 0, "skipped": 0, "steps": 12, "attempts": 3}
+    expected = {"samples": 96, "duplicates": 0, "gaps": 0, "skipped": 0, "steps": 12, "attempts": 3, "unverifiable": 0}
     assert result(run, ledger_of(run)).to_json() == expected
     assert result(run, ledger_of(run)).clean
 
@@ -57,6 +58,17 @@ def test_other_samples_than_the_order_says(run: RunConfig) -> None:
     lines[3]["samples_sha256"] = lines[4]["samples_sha256"]
     assert result(run, lines).gaps == 8
     assert result(run, ledger_of(run.model_copy(update={"seed": 9}))).gaps == 96
+
+
+def test_steps_on_another_data_set_are_not_proven(run: RunConfig, make_data: Callable[..., str]) -> None:
+    other = run.model_copy(update={"data": run.data.model_copy(update={"path": make_data([900], name="other")})})
+    lines = ledger_of(run)[:5] + ledger_of(other)[5:]
+    found = result(other, lines)
+    assert (found.samples, found.unverifiable, found.gaps, found.clean) == (56, 40, 0, False)
+    assert result(run, lines).samples == 40  # the steps before, against the data set of that time
+    del lines[2]
+    lines.append(lines[0])
+    assert (result(other, lines).gaps, result(other, lines).duplicates) == (8, 8)
 
 
 def test_wrong_positions(run: RunConfig) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import json
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2dist.config import UserError
-from gpt2dist.data import readers, sources, tokenizer
+from gpt2dist.config import RunConfig, UserError
+from gpt2dist.data import json_array, parquet_footer, readers, sources, tokenizer
 from gpt2dist.data.readers import BadRecord, CannotRead, Document, Reader
+from gpt2dist.data.shards import read_manifest
 from gpt2dist.data.sources import Piece
 from tests.unit.corpora import failure, ids_of, lines, prepare_run, quarantine, run_prepare, texts_of, write
 
@@ -52,6 +55,37 @@ def test_json_lines(tmp_path: Path, name: str) -> None:
     run = prepare_run(tmp_path, write(tmp_path / name, lines(*TEXTS, field="body")), text_field="body")
     run_prepare(run)
     assert texts_of(run) == TEXTS
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst", "A.JSON"])
+def test_json_array(tmp_path: Path, name: str, indent: int | None) -> None:
+    """However it is written, and however small the tasks are."""
+    records = [{"id": [{}, i], "text": text, "more": {"a,]}": '"[\\'}} for i, text in enumerate(TEXTS)]
+    for i, ascii_only in enumerate((True, False)):
+        data = b"\xef\xbb\xbf \n" * i + json.dumps(records, indent=indent, ensure_ascii=ascii_only).encode() + b"\n"
+        run = prepare_run(tmp_path, write(tmp_path / name, data), shard_mb=2e-5, output=f"out{i}")
+        run_prepare(run)
+        assert [t for s in read_manifest(run.prepare.output).splits["train"] for t in texts_in(run, s.file)] == TEXTS
+
+
+def test_an_empty_json_array_has_no_records(tmp_path: Path) -> None:
+    empty = [write(tmp_path / f"{i}.json", data) for i, data in enumerate((b"[]", b" [ \n ]\n"))]
+    run = prepare_run(tmp_path, *empty, write(tmp_path / "z.json", b'[{"text": "one"}]'))
+    assert run_prepare(run).documents == {"read": 1, "kept": 1, "skipped": 0}
+
+
+def test_memory_does_not_grow_with_a_json_array(tmp_path: Path) -> None:
+    with open(tmp_path / "a.json", "w") as f:
+        f.write("[")
+        f.writelines(f'{{"id": {i}, "text": "{"some words " * 100}"}},\n' for i in range(30_000))
+        f.write('{"text": "end"}]')
+    tracemalloc.start()
+    count = sum(1 for _ in Reader(Piece(str(tmp_path / "a.json"), "array", 0, 1), "text"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 30_001
+    assert peak < 6e6 < (tmp_path / "a.json").stat().st_size / 5
 
 
 @pytest.mark.parametrize("suffix", ["txt", "md", "txt.gz", "md.zst"])
@@ -98,6 +132,11 @@ def test_token_file_without_separators_is_one_document(tmp_path: Path) -> None:
     run = prepare_run(tmp_path, str(tmp_path / "shakespeare.bin"), shard_mb=0.001)
     run_prepare(run)
     assert ids_of(run) == [*range(1, 3000), EOT]
+
+
+def texts_in(run: RunConfig, file: str) -> list[str]:
+    ids = np.load(Path(run.prepare.output) / file, allow_pickle=False).tolist()
+    return tokenizer.load().decode(ids).split("<|endoftext|>")[:-1]
 
 
 def test_several_sources_globs_and_directories(tmp_path: Path) -> None:
@@ -269,6 +308,91 @@ def test_bad_lines(tmp_path: Path, case: str, name: str) -> None:
     assert len(record["raw"]) <= 1000 * len("\\xff")
 
 
+@pytest.mark.parametrize("case", BAD_LINES)
+@pytest.mark.parametrize("name", ["a.json", "a.json.zst"])
+def test_bad_elements(tmp_path: Path, case: str, name: str) -> None:
+    """The bad one is the 3rd of 4; after broken syntax nothing is read, and the record says so."""
+    reason = case.rstrip(" 2345")
+    path = write(tmp_path / name, b"[" + b",\n".join([GOOD, GOOD, BAD_LINES[case], b'{"text": "end"}']) + b"]")
+    text = failure(prepare_run(tmp_path, path, output="fails"))
+    assert text.startswith(f"{path}: element 3: {reason}")
+    run = prepare_run(tmp_path, path, on_bad_record="skip", dedup="none")
+    manifest = run_prepare(run)
+    broken = reason == "broken JSON"
+    assert texts_of(run) == ["good", "good"] + ["end"] * (not broken)
+    assert manifest.sources[0].dropped[reason].documents == 1
+    (record,) = quarantine(run)
+    assert (record["file"], record["line"], record["reason"]) == (path, 3, reason)
+    assert ("nothing after it in this file can be read" in record["detail"]) == broken
+    assert record["raw"].strip().startswith(BAD_LINES[case][:9].decode())
+
+
+@pytest.mark.parametrize(
+    ("data", "kept", "problem"),
+    [
+        (b'[{"text": "a"}, {"text": "b"}', 1, "the array does not end"),
+        (b'[{"text": "a"}, {"text": "b\\', 1, "the array does not end"),
+        (b'[{"text": "a"},', 1, "the array does not end"),
+        (b"[", 0, "the array does not end"),
+        (b'[{"text": "a"}] [{"text": "b"}]', 1, "the array has ended before"),
+        (b'[{"text": "a"}]]', 1, "the array has ended before"),
+        (b'[{"text": "a"}}', 0, "a bracket closes that did not open"),
+        (b'[{"text": "a"},]', 1, "Expecting value"),
+        (b'[,{"text": "a"}]', 0, "Expecting value"),
+        (b'[{"text": "a"} {"text": "b"}, {"text": "c"}]', 0, "Extra data"),
+        (b'[{"text": "a"], {"text": "b"}]', 0, "Expecting ',' delimiter"),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 3, 1 << 18])
+def test_broken_json_arrays(
+    tmp_path: Path, data: bytes, kept: int, problem: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
+    records = list(Reader(Piece(write(tmp_path / "a.json", data), "array", 0, 1), "text"))
+    assert [isinstance(record, Document) for record in records] == [True] * kept + [False]
+    bad = records[-1]
+    assert isinstance(bad, BadRecord)
+    assert (bad.line, bad.reason) == (kept + 1, "broken JSON")
+    assert bad.detail.startswith(problem)
+    assert bad.detail.endswith("; nothing after it in this file can be read")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(
+        st.recursive(st.none() | st.integers() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s))
+    ),
+    indent=st.sampled_from([None, 1]),
+    limit=st.integers(1, 40) | st.just(10**6),
+    block=st.integers(1, 50),
+)
+def test_any_json_array_falls_into_its_elements(values: list[Any], indent: int | None, limit: int, block: int) -> None:
+    """However the blocks fall; of an element that is too long, the beginning."""
+    saved, json_array.BLOCK_BYTES = json_array.BLOCK_BYTES, block
+    try:
+        for ascii_only in (True, False):
+            text = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+            file = io.BufferedReader(io.BytesIO(text))  # type: ignore[arg-type]
+            found = list(json_array.elements(file, limit))
+            assert not any(problem for _, problem in found)
+            assert len(found) == len(values)
+            for (element, _), value in zip(found, values, strict=True):
+                if len(element) <= limit:
+                    assert json.loads(element.decode(errors="surrogatepass")) == value
+    finally:
+        json_array.BLOCK_BYTES = saved
+
+
+def test_an_element_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", 30)
+    path = write(tmp_path / "a.json", json.dumps([{"text": t} for t in ("one", "x," * 500, "three")]).encode())
+    run = prepare_run(tmp_path, path, on_bad_record="skip")
+    run_prepare(run)
+    assert texts_of(run) == ["one", "three"]
+    assert [(r["line"], r["reason"]) for r in quarantine(run)] == [(2, "too large")]
+
+
 def _truncated(path: Path, share: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -344,10 +468,12 @@ def test_a_damaged_page_costs_its_row_group(tmp_path: Path) -> None:
     assert record["line"] == 3
 
 
-def test_documents_before_the_damage_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_documents_before_the_damage_are_kept(tmp_path: Path, name: str) -> None:
     texts = [f"{i} {i**7}" for i in range(50_000)]
-    path = write(tmp_path / "a.jsonl.gz", lines(*texts))
-    _truncated(tmp_path / "a.jsonl.gz", 0.5)
+    array = json.dumps([{"text": text} for text in texts]).encode()
+    path = write(tmp_path / name, lines(*texts) if "jsonl" in name else array)
+    _truncated(tmp_path / name, 0.5)
     run = prepare_run(tmp_path, path, on_bad_record="skip")
     run_prepare(run)
     kept = texts_of(run)
@@ -417,10 +543,10 @@ RAW = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(records=st.lists(RAW, max_size=8), name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.txt", "a.bin"]))
+@given(records=st.lists(RAW, max_size=8), name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.txt", "a.bin", "a.json"]))
 def test_fuzz_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory, records: list[bytes], name: str) -> None:
     tmp_path = tmp_path_factory.mktemp("fuzz")
-    data = b"\n".join(records)
+    data = b"\n".join(records) if name != "a.json" else b"[" + b",".join(records) + b"]"
     path = write(tmp_path / name, data)
     good = write(tmp_path / "good.txt", b"good one")
     run = prepare_run(tmp_path, good, path, on_bad_record="skip", shard_mb=3e-5, dedup="none")
@@ -433,7 +559,7 @@ def test_fuzz_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory, records:
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=st.sampled_from(["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.bin"]), data=st.data())
+@given(name=st.sampled_from(["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.bin", "a.json"]), data=st.data())
 def test_fuzz_damaged_files(tmp_path_factory: pytest.TempPathFactory, name: str, data: Any) -> None:
     """Flipped, cut and inserted bytes end as good and bad records, never as a traceback."""
     tmp_path = tmp_path_factory.mktemp("fuzz")
@@ -441,6 +567,8 @@ def test_fuzz_damaged_files(tmp_path_factory: pytest.TempPathFactory, name: str,
         write_parquet(tmp_path / name, TEXTS)
     elif name == "a.bin":
         write_llmc(tmp_path / name, [[1, 2, 3], [4], [5, 6]])
+    elif name == "a.json":
+        write(tmp_path / name, json.dumps([{"text": text} for text in TEXTS]).encode())
     else:
         write(tmp_path / name, lines(*TEXTS))
     content = bytearray((tmp_path / name).read_bytes())
@@ -452,8 +580,37 @@ def test_fuzz_damaged_files(tmp_path_factory: pytest.TempPathFactory, name: str,
     run = prepare_run(tmp_path, good, str(tmp_path / name), on_bad_record="skip", dedup="none")
     source = run_prepare(run).sources[1]
     assert source.read.documents == source.kept.documents + len(quarantine(run))
-    if source.kept.documents < (3 if name == "a.bin" else len(TEXTS)) and name != "a.bin":
+    if source.kept.documents < len(TEXTS) and name not in ("a.bin", "a.json"):  # `[]` has no records
         assert quarantine(run)
+
+
+def test_a_footer_on_which_pyarrow_aborts_is_a_bad_record(tmp_path: Path) -> None:
+    """Any altered bit of the footer: this process lives on, and each good record is kept or named."""
+    path = write_parquet(tmp_path / "a.parquet", TEXTS)
+    content = Path(path).read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    piece = Piece(path, "parquet", 0, len(content), whole=False)
+    aborted = 0
+    for at in range(footer, len(content)):
+        damaged = bytearray(content)
+        for value in (content[at] ^ 4, content[at] ^ 32, 6, 70):
+            damaged[at] = value
+            Path(path).write_bytes(damaged)
+            records = list(Reader(piece, "text"))
+            bad = [r for r in records if isinstance(r, BadRecord)]
+            assert bad or len(records) == len(TEXTS)
+            aborted += any(r.detail == "pyarrow aborts on its footer" for r in bad)
+    assert aborted > 3  # otherwise pyarrow has learned it, and the look at the footer can go
+    Path(path).write_bytes(content)
+    assert len(list(Reader(piece, "text"))) == len(TEXTS)
+
+
+def test_a_process_that_cannot_look_at_footers_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", TEXTS)
+    monkeypatch.setattr(parquet_footer, "_child", None)
+    monkeypatch.setattr(parquet_footer, "_CHILD", "raise SystemExit(3)")
+    with pytest.raises(CannotRead, match=r"a\.parquet: cannot be read: a process that looks at parquet footers"):
+        list(Reader(Piece(path, "parquet", 0, 10**9, whole=False), "text"))
 
 
 def test_a_damaged_parquet_page_that_ends_early_is_a_bad_record(tmp_path: Path) -> None:

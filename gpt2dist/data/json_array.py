@@ -1,0 +1,62 @@
+"""The elements of a file that is one JSON array, one after the other, without parsing what lies in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+BLOCK_BYTES = 1 << 18
+_STRUCTURE = re.compile(rb'["\[\]{},]')
+_IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+
+
+def is_array(f: Any) -> bool:
+    """Whether the first byte that is not white space is `[`; a byte order mark does not count."""
+    head = b""
+    while not head and (data := f.read1(BLOCK_BYTES)):
+        head = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return head.startswith(b"[")
+
+
+def elements(f: Any, limit: int) -> Iterator[tuple[bytes, str]]:
+    """(text of the element, problem) of each element; after a problem nothing follows.
+
+    Holds one element at a time, and of one over `limit` bytes only its first `limit` + 1.
+    """
+    buffer = bytearray()
+    start = at = depth = count = 0  # the element begins at `start`; what is before `at` was looked at
+    quoted = ended = False
+    while data := f.read1(BLOCK_BYTES):
+        del buffer[start + limit + 1 : at], buffer[:start]
+        start, at = 0, min(at - start, limit + 1)
+        buffer += data
+        while not ended:
+            if quoted:
+                at = _IN_STRING.match(buffer, at).end()  # type: ignore[union-attr]
+                if buffer[at : at + 1] != b'"':  # the block ends inside the string
+                    break
+                quoted, at = False, at + 1
+            match = _STRUCTURE.search(buffer, at)
+            at = match.end() if match else len(buffer)
+            if not match:
+                break
+            sign = match[0]
+            quoted = sign == b'"'
+            depth += (sign in b"[{") - (sign in b"]}")
+            if depth == 1 and sign == b"[":
+                start = at
+            ended = depth == 0 and sign in b"]}"
+            if ended or (depth == 1 and sign == b","):
+                element = bytes(buffer[start : at - 1])
+                start, count = at, count + 1
+                if sign == b"}":
+                    yield element, "a bracket closes that did not open"
+                    return
+                if element.strip() or count > 1 or not ended:  # [] has no element
+                    yield element, ""
+        if ended and buffer[start:].strip():
+            yield bytes(buffer[start : start + limit]), "the array has ended before"
+            return
+    if not ended:
+        yield bytes(buffer[start:]), "the array does not end"
