@@ -1,15 +1,24 @@
-"""A real S3 server for tests: SeaweedFS on loopback, with keys of its own; it can be killed and started again."""
+"""A real S3 server for tests: SeaweedFS on loopback, with keys of its own; it can be killed and started again.
+
+In front of it, where a test wants that, a proxy that turns some requests away, as Amazon's servers do under load.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import http.server
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import s3fs
@@ -96,6 +105,93 @@ class S3Server:
             use_listings_cache=False,
             skip_instance_cache=True,
         )
+
+
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+class Throttle(http.server.ThreadingHTTPServer):
+    """Hands requests on to a server on loopback, Host header and all; of a share says 503 SlowDown or 429 instead."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int, share: float, seed: int) -> None:
+        super().__init__(("127.0.0.1", 0), _ThrottleHandler)
+        self.port, self.share, self.random = port, share, random.Random(seed)
+        self.lock = threading.Lock()
+        self.passed = 0
+        self.refused = {503: 0, 429: 0}
+
+    def verdict(self) -> int:
+        """200: hand it on."""
+        with self.lock:
+            status = self.random.choice([503, 429]) if self.random.random() < self.share else 200
+            self.passed += status == 200
+            if status in self.refused:
+                self.refused[status] += 1
+        return status
+
+
+class _ThrottleHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Throttle
+
+    def _handle(self) -> None:
+        body = self._body()
+        if (status := self.server.verdict()) != 200:
+            self._answer(status, [("Content-Type", "application/xml")], SLOW_DOWN)
+            return
+        behind = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
+        with contextlib.closing(behind):
+            behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("expect", "connection"):
+                    behind.putheader(name, value)
+            behind.endheaders(body)
+            answer = behind.getresponse()
+            left_out = {"connection", "transfer-encoding", "content-length" if self.command != "HEAD" else ""}
+            headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in left_out]
+            self._answer(answer.status, headers, answer.read())
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _body(self) -> bytes:
+        """As it was sent, also in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = b""
+        while True:
+            size = self.rfile.readline()
+            data += size + self.rfile.read(int(size, 16) + 2)
+            if int(size, 16) == 0:
+                return data
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextlib.contextmanager
+def throttled(server: S3Server, share: float, seed: int) -> Iterator[tuple[Throttle, str]]:
+    """A proxy in front of a server, and its address."""
+    proxy = Throttle(server.ports["s3.port"], share, seed)
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy, f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import s3fs
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.blocks import local_blocks
 from gpt2dist.storage import location
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 from tests.distributed.test_engine import logged
 from tests.ranks import run_ranks
 from tests.ray.test_train import assert_audit, events, steps_done, training, wait_for, write
-from tests.s3 import SECRET_KEY, S3Server
+from tests.s3 import SECRET_KEY, S3Server, throttled
 from tests.unit.corpora import lines, run_prepare
 
 pytestmark = pytest.mark.s3
@@ -143,6 +148,81 @@ def test_server_away_while_shards_are_read_and_while_saving(
     assert not events(run, "failure")
     assert logged(run) == logged(on_disk)
     assert logged(run, "val_loss") == logged(on_disk, "val_loss")
+
+
+def manifest_of(root: Path, on_s3: str) -> bytes:
+    """The manifest of a local data set, if its sources lay on S3."""
+    return (root / "data/manifest.json").read_bytes().replace(str(root).encode(), on_s3.encode())
+
+
+@pytest.mark.timeout(300)
+def test_server_away_while_preparing(s3: S3Server, tmp_path: Path) -> None:
+    """Sources are read from it, shards and parts written to it: the same bytes as on disk."""
+    rng = random.Random(5)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 12))) for _ in range(5000)]
+    texts = [" ".join(rng.choices(words, k=800)) for _ in range(2000)]
+    data = lines(*texts[:1000]) + b'{"text": 5}\n' + lines(*texts[1000:], texts[3])
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.jsonl").write_bytes(data)
+    changes: dict[str, Any] = {"prepare__shard_mb": 0.3, "prepare__on_bad_record": "skip"}
+    run_prepare(run_with(str(tmp_path), **changes))
+    root = f"s3://{BUCKET}/preparing"
+    s3.filesystem().pipe_file(f"{BUCKET}/preparing/corpus/a.jsonl", data)
+    run = run_with(root, **changes)
+    command = [sys.executable, "-m", "gpt2dist", "prepare", str(write(run, tmp_path))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+
+        def parts() -> int:
+            return len(s3.filesystem().glob(f"{BUCKET}/preparing/data/parts/0*.json"))
+
+        wait_for(lambda: parts() >= 3 or process.poll() is not None, 100)
+        assert process.poll() is None, process.communicate()[0]
+        assert parts() < 25  # there is something left to do
+        s3.kill()
+        time.sleep(10)
+        assert process.poll() is None, process.communicate()[0]
+        s3.start()
+        output, _ = process.communicate(timeout=150)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, output
+    local = tmp_path / "data"
+    remote = location(run.data_path)
+    assert (remote / "manifest.json").read_bytes() == manifest_of(tmp_path, root)
+    quarantine = (local / "quarantine.jsonl").read_bytes().replace(str(tmp_path).encode(), root.encode())
+    assert (remote / "quarantine.jsonl").read_bytes() == quarantine
+    shards = sorted(local.glob("*.npy"))
+    assert len(shards) > 30
+    assert {path.name for path in remote.iterdir() if path.suffix == ".npy"} == {path.name for path in shards}
+    for path in shards:
+        assert (remote / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.timeout(240)
+def test_a_server_that_throttles(
+    s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of all requests is answered with 503 SlowDown or 429."""
+    root = f"s3://{BUCKET}/throttled"
+    s3.filesystem().pipe_file(f"{BUCKET}/throttled/corpus/a.jsonl", corpus())
+    run = run_with(root)
+    monkeypatch.setenv("GPT2DIST_CACHE", str(tmp_path / "cache"))
+    with throttled(s3, share=1 / 3, seed=4) as (proxy, address):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            done(gpt2dist("prepare", str(write(run, tmp_path)), timeout=150))
+            assert min(proxy.refused.values()) > 10, proxy.refused
+            disk = Path(on_disk.data_path)
+            assert (location(run.data_path) / "manifest.json").read_bytes() == manifest_of(disk.parent, root)
+            done(gpt2dist("data", "verify", run.data_path))
+            for mine, reference in zip(local_blocks(run, 0, 1, 0), local_blocks(on_disk, 0, 1, 0), strict=True):
+                assert np.array_equal(mine["tokens"], reference["tokens"])
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+    assert sum(proxy.refused.values()) > proxy.passed / 4
 
 
 def refusal(result: Any) -> str:
