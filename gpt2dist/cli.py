@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -271,53 +272,81 @@ def _stop_signals(console: Console) -> Any:
 
 @main.command()
 @run_dir_argument
-@click.option("--prompt", default="", help="Text to go on from; by default the start of a document.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; may be repeated.")
+@click.option("--prompt-file", help="File with a prompt a line; -: standard input.")
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0: likeliest.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
-@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="How many texts.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the draws.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="1: all.")
+@click.option("--stop", multiple=True, help="End before this string; may be repeated.")
+@click.option("--stop-token", multiple=True, type=click.IntRange(0, 50256), help="End before this token id, likewise.")
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; +1 for each more."
+)
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(min=1), help="Texts computed together.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic.")
 @json_option
 @command
 def generate(
     run_dir: str,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
+    prompts: tuple[str, ...],
+    prompt_file: str | None,
+    stop: tuple[str, ...],
+    stop_token: tuple[int, ...],
     samples: int,
     seed: int,
+    batch: int,
+    precision: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Write text with the newest checkpoint of RUN_DIR.
 
+    Without a prompt it begins a document. Texts appear as they are written; each ends at <|endoftext|>.
+
     \b
     Example:
-      gpt2dist generate runs/smoke --prompt "def main(" --max-tokens 40 --samples 2
+      gpt2dist generate runs/smoke --prompt "def main(" --prompt "class " --max-tokens 40 --samples 2
     """
     import torch
 
     from gpt2dist.data import tokenizer
-    from gpt2dist.model.generate import sample
+    from gpt2dist.model.generate import Sampling, continue_texts
     from gpt2dist.model.gpt2 import GPT2, GPT2Config
     from gpt2dist.train import checkpoint
 
+    lines = _prompt_lines(prompt_file) if prompt_file else []
+    starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
+    seeds = [seed + i % samples for i in range(len(starts))]
+    sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
     run, newest = _open_run(run_dir)
     encoding = tokenizer.load(run.prepare.vocab_dir)
     model = GPT2(GPT2Config.from_run(run)).eval()
     model.load_state_dict(checkpoint.load_weights(newest), strict=False)  # head.weight is wte.weight
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = torch.tensor([tokenizer.EOT, *encoding.encode_ordinary(prompt)], device=model.wte.weight.device)
-    texts = []
-    for i in range(samples):
-        out = sample(model, ids, max_tokens, temperature=temperature, top_k=top_k, seed=seed + i, stop=tokenizer.EOT)
-        texts.append(encoding.decode(out.tolist()))
+    model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if precision == "bf16" else torch.float32)
+    texts = [""] * len(starts)
+    shown = -1
+    for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
+        texts[i] += piece
         if not as_json:
-            click.echo(prompt + texts[-1])
-            if i + 1 < samples:
-                click.echo("-" * 40)
+            if i != shown:
+                click.echo(("\n" + "-" * 40 + "\n" if i else "") + starts[i], nl=False)
+                shown = i
+            click.echo(piece, nl=False)
     if as_json:
-        click.echo(json.dumps({"step": newest.index.step, "prompt": prompt, "texts": texts}))
+        rows = [{"prompt": p, "seed": s, "text": t} for p, s, t in zip(starts, seeds, texts, strict=True)]
+        click.echo(json.dumps({"step": newest.index.step, "samples": rows}))
+    else:
+        click.echo()
+
+
+def _prompt_lines(file: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt-file: {file}: cannot be read: {e}") from None
 
 
 @main.command()

@@ -57,6 +57,49 @@ class GPT2Config:
         return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout)
 
 
+class LayerCache:
+    """Keys and values of one layer, each [B, n_head, capacity, d_k], filled from the left."""
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store those of the next tokens, [B, n_head, T, d_k]; returns all so far."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class KVCache:
+    """What attention needs of the tokens so far, so that the next one is computed alone.
+
+    The rows of a batch end together: shorter ones begin with padding, which nobody attends to and no position counts.
+    """
+
+    def __init__(self, c: GPT2Config, capacity: int, padding: Tensor, like: Tensor) -> None:
+        """capacity: tokens of a row, padding included; padding: int64 [B]; like: has the weights' dtype and device."""
+        shape = (len(padding), c.n_head, capacity, c.n_embd // c.n_head)
+        self.layers = [LayerCache(shape, like) for _ in range(c.n_layer)]
+        columns = torch.arange(capacity, device=like.device)
+        self._positions = (columns - padding[:, None]).clamp(min=0)
+        self._real = columns >= padding[:, None]
+        self._padded = bool(padding.any())
+
+    def place(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The next tokens' positions [B, count], and what they attend to: bool [B, 1, count, length] or all (None)."""
+        start = self.layers[0].length
+        end = start + count
+        positions = self._positions[:, start:end]
+        if not self._padded and (count == 1 or start == 0):
+            return positions, None
+        columns = torch.arange(end, device=positions.device)
+        before = columns <= columns[start:, None]
+        itself = columns == columns[start:, None]  # also padding must attend to something
+        return positions, (before & (self._real[:, None, None, :end] | itself))
+
+
 class Attention(nn.Module):
     """Causal multi-head attention: softmax(QKᵀ/√d_k)V (Vaswani et al. 2017, eq. 1)."""
 
@@ -67,12 +110,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x, result: [B, T, n_embd]."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x, result: [B, T, n_embd]; mask: bool, what each token attends to, None: all before it."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.append(k, v)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         out: Tensor = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
 
@@ -102,9 +147,9 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x, result: [B, T, n_embd]."""
-        x = x + self.dropout(self.attn(self.ln_1(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x, result: [B, T, n_embd]; mask, cache: see `Attention`."""
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))
         out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
         return out
 
@@ -138,12 +183,21 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.head = Head(c, self.wte)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype.
+
+        With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1.
+        """
+        mask = None
+        if cache is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        else:
+            positions, mask = cache.place(ids.shape[1])
         x = self.dropout(self.wte(ids) + self.wpe(positions))
-        for block in self.h:
-            x = block(x)
+        for i, block in enumerate(self.h):
+            x = block(x, mask, cache and cache.layers[i])
+        if cache is not None:
+            x = x[:, -1:]
         out: Tensor = self.head(self.ln_f(x))
         return out
 
