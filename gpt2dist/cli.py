@@ -44,6 +44,7 @@ set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
+model_argument = click.argument("location", metavar="RUN_DIR|HF_DIR")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -271,7 +272,7 @@ def _stop_signals(console: Console) -> Any:
 
 
 @main.command()
-@run_dir_argument
+@model_argument
 @click.option("--prompt", "prompts", multiple=True, help="Text to go on from; may be repeated.")
 @click.option("--prompt-file", help="File with a prompt a line; -: standard input.")
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
@@ -289,7 +290,7 @@ def _stop_signals(console: Console) -> Any:
 @json_option
 @command
 def generate(
-    run_dir: str,
+    location: str,
     prompts: tuple[str, ...],
     prompt_file: str | None,
     stop: tuple[str, ...],
@@ -301,7 +302,7 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write text with the newest checkpoint of RUN_DIR.
+    """Write text with the newest checkpoint of a run, or with a Hugging Face GPT-2.
 
     Without a prompt it begins a document. Texts appear as they are written; each ends at <|endoftext|>.
 
@@ -313,17 +314,15 @@ def generate(
 
     from gpt2dist.data import tokenizer
     from gpt2dist.model.generate import Sampling, continue_texts
-    from gpt2dist.model.gpt2 import GPT2, GPT2Config
-    from gpt2dist.train import checkpoint
+    from gpt2dist.train.saved import open_model
 
     lines = _prompt_lines(prompt_file) if prompt_file else []
     starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
     seeds = [seed + i % samples for i in range(len(starts))]
     sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
-    run, newest = _open_run(run_dir)
-    encoding = tokenizer.load(run.prepare.vocab_dir)
-    model = GPT2(GPT2Config.from_run(run)).eval()
-    model.load_state_dict(checkpoint.load_weights(newest), strict=False)  # head.weight is wte.weight
+    saved = open_model(location)
+    encoding = tokenizer.load(saved.vocab_dir)
+    model = saved.load()
     model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if precision == "bf16" else torch.float32)
     texts = [""] * len(starts)
     shown = -1
@@ -336,7 +335,7 @@ def generate(
             click.echo(piece, nl=False)
     if as_json:
         rows = [{"prompt": p, "seed": s, "text": t} for p, s, t in zip(starts, seeds, texts, strict=True)]
-        click.echo(json.dumps({"step": newest.index.step, "samples": rows}))
+        click.echo(json.dumps({"step": saved.step, "samples": rows}))
     else:
         click.echo()
 
@@ -347,6 +346,32 @@ def _prompt_lines(file: str) -> list[str]:
         return data.decode().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompt-file: {file}: cannot be read: {e}") from None
+
+
+@main.command()
+@model_argument
+@click.option("--output", required=True, metavar="DIR", help="Local directory or s3:// location; must hold no model.")
+@click.option("--step", type=click.IntRange(min=0), help="Checkpoint of this step; by default the newest.")
+@json_option
+@command
+def export(location: str, output: str, step: int | None, as_json: bool) -> None:
+    """Write a checkpoint as a Hugging Face model directory, with its tokenizer.
+
+    transformers' GPT2LMHeadModel and AutoTokenizer open it with from_pretrained, offline.
+
+    \b
+    Example:
+      gpt2dist export runs/smoke --output models/smoke
+    """
+    from gpt2dist.model import hf
+    from gpt2dist.train.saved import open_model
+
+    saved = open_model(location, step, verify=True)
+    hf.export(output, saved.config, saved.weights, saved.vocab_dir)
+    if as_json:
+        click.echo(json.dumps({"step": saved.step, "output": output}))
+    else:
+        click.echo(f"{output}: " + (location if saved.step is None else f"step {saved.step} of {location}"))
 
 
 @main.command()

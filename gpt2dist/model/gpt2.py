@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +161,7 @@ class Head(nn.Module):
     def __init__(self, c: GPT2Config, table: nn.Embedding) -> None:
         super().__init__()
         self.weight = table.weight
-        bias = torch.zeros(c.padded_vocab_size)
+        bias = torch.zeros(c.padded_vocab_size, device="cpu")  # also where the parameters have no values yet
         bias[c.vocab_size :] = -torch.inf
         self.register_buffer("padding", bias, persistent=False)
         self.padding: Tensor
@@ -231,13 +232,20 @@ def initial_value(name: str, shape: tuple[int, ...], config: GPT2Config, seed: i
     return value
 
 
+def assemble(config: GPT2Config, value: Callable[[str], Tensor]) -> GPT2:
+    """A model of the tensors that `value` returns for its parameters' names: taken over, not copied."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    state = {name: value(name) for name, _ in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.head.weight = model.wte.weight
+    return model
+
+
 def build(config: GPT2Config, seed: int) -> GPT2:
     """A new model with initial weights, fp32 on the CPU."""
-    model = GPT2(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(name, tuple(p.shape), config, seed))
-    return model
+    shapes = parameter_shapes(config)
+    return assemble(config, lambda name: initial_value(name, shapes[name], config, seed))
 
 
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
