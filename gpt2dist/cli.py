@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 from rich.console import Console
@@ -44,6 +44,10 @@ set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
+precision_option = click.option(
+    "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic."
+)
+step_option = click.option("--step", type=click.IntRange(min=0), help="Checkpoint of this step; by default the newest.")
 model_argument = click.argument("location", metavar="RUN_DIR|HF_DIR")
 
 
@@ -286,7 +290,7 @@ def _stop_signals(console: Console) -> Any:
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; +1 for each more."
 )
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(min=1), help="Texts computed together.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic.")
+@precision_option
 @json_option
 @command
 def generate(
@@ -310,8 +314,6 @@ def generate(
     Example:
       gpt2dist generate runs/smoke --prompt "def main(" --prompt "class " --max-tokens 40 --samples 2
     """
-    import torch
-
     from gpt2dist.data import tokenizer
     from gpt2dist.model.generate import Sampling, continue_texts
     from gpt2dist.train.saved import open_model
@@ -322,8 +324,7 @@ def generate(
     sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
     saved = open_model(location)
     encoding = tokenizer.load(saved.vocab_dir)
-    model = saved.load()
-    model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = saved.load(precision)
     texts = [""] * len(starts)
     shown = -1
     for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
@@ -350,8 +351,77 @@ def _prompt_lines(file: str) -> list[str]:
 
 @main.command()
 @model_argument
+@click.option("--data", "data_path", metavar="DIR", help="A prepared data set; by default the run's own.")
+@click.option("--split", default="val", show_default=True, type=click.Choice(["val", "train"]), help="Which part.")
+@click.option("--batches", type=click.IntRange(min=1), help="Of a fixed random order; by default the whole split.")
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences computed together.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="By default the run's, else the model's n_positions.")
+@step_option
+@precision_option
+@json_option
+@command
+def evaluate(
+    location: str,
+    data_path: str | None,
+    split: Literal["val", "train"],
+    batches: int | None,
+    batch: int | None,
+    seq_len: int | None,
+    step: int | None,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Loss, perplexity and next-token accuracy on held-out data.
+
+    Every sample of the split counts once.
+
+    \b
+    Example:
+      gpt2dist evaluate runs/smoke
+      gpt2dist evaluate models/gpt2 --data data/stdlib --batches 20
+    """
+    from rich.progress import track
+
+    from gpt2dist.data.order import permutation
+    from gpt2dist.data.shards import TokenSplit, read_manifest
+    from gpt2dist.model.evaluate import Score
+    from gpt2dist.model.evaluate import evaluate as scores
+    from gpt2dist.report import tables
+    from gpt2dist.train.saved import open_model
+
+    saved = open_model(location, step)
+    run, positions = saved.run, saved.config.n_positions
+    data_path = data_path or (run.data_path if run else "")
+    if not data_path:
+        raise UserError("--data: required for a Hugging Face model")
+    seq_len = seq_len or (run.data.seq_len if run else positions)
+    if seq_len > positions:
+        raise UserError(f"--seq-len {seq_len} is longer than the model's n_positions = {positions}")
+    batch = batch or (run.batch.micro_sequences if run else max(1, 4096 // seq_len))
+    tokens = TokenSplit(data_path, read_manifest(data_path), split)
+    tokens.check_sizes()
+    samples = tokens.num_samples(seq_len)
+    if not samples:
+        raise UserError(f"{data_path}: {split} has {tokens.tokens:,} tokens, less than one sequence of {seq_len} + 1")
+    ids = permutation(samples, "eval")[: batches * batch if batches else None]
+    ids.sort()  # storage is read from front to back
+    console = make_console(stderr=True)
+    found = scores(saved.load(precision), tokens, ids, seq_len, batch)
+    score = sum(track(found, "evaluating", -(-len(ids) // batch), console=console, transient=True), Score())
+    values = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
+    if as_json:
+        what = {"step": saved.step, "data": data_path, "split": split, "samples": len(ids), "tokens": score.tokens}
+        click.echo(json.dumps(what | values))
+    else:
+        counts = {"sequences": f"{len(ids):,} of {samples:,}", "tokens": f"{score.tokens:,}"}
+        rows = counts | {key: f"{value:.4f}" for key, value in values.items()}
+        tables.pairs(make_console(), f"{location}, {split} of {data_path}", rows)
+
+
+@main.command()
+@model_argument
 @click.option("--output", required=True, metavar="DIR", help="Local directory or s3:// location; must hold no model.")
-@click.option("--step", type=click.IntRange(min=0), help="Checkpoint of this step; by default the newest.")
+@step_option
 @json_option
 @command
 def export(location: str, output: str, step: int | None, as_json: bool) -> None:

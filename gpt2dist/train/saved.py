@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from gpt2dist import storage
 from gpt2dist.config import RunConfig, UserError, parse_toml
 from gpt2dist.model import gpt2, hf
 from gpt2dist.model.gpt2 import GPT2, GPT2Config
 from gpt2dist.train import checkpoint
+from gpt2dist.train.peak import DTYPES
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class SavedModel:
         """Where the run looks for the vocabulary files."""
         return self.run.prepare.vocab_dir if self.run else ""
 
-    def load(self) -> GPT2:
-        """The model, fp32 on the CPU, in eval mode."""
-        return gpt2.assemble(self.config, self.weights).eval()
+    def load(self, precision: str) -> GPT2:
+        """The model in eval mode; on the GPU where there is one. precision: fp32, bf16."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return gpt2.assemble(self.config, self.weights).eval().to(device, DTYPES[precision])
 
 
 def open_model(location: str, step: int | None = None, *, verify: bool = False) -> SavedModel:

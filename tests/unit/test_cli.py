@@ -113,7 +113,7 @@ def test_no_cluster_at_the_address(run_file: str) -> None:
 
 
 def test_run_directories_that_are_none(run_file: str) -> None:
-    for command in (["generate", "x"], ["export", "x", "--output", "y"]):
+    for command in (["generate", "x"], ["evaluate", "x"], ["export", "x", "--output", "y"]):
         assert_one_line(cli(*command), "x: no run directory (config.toml) and no Hugging Face model (config.json)")
     for command in (["audit", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
         assert_one_line(cli(*command), "x: no such run directory")
@@ -134,7 +134,7 @@ def test_dry_run_starts_nothing(run_file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "train", "generate", "export", "audit", "checkpoint ls", "checkpoint verify", ""]
+    "command", ["prepare", "train", "generate", "evaluate", "export", "audit", "checkpoint ls", "checkpoint verify", ""]
 )
 def test_help_has_an_example(command: str) -> None:
     result = cli(*command.split(), "--help")
