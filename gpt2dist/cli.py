@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import click
 from rich.console import Console
@@ -43,6 +44,11 @@ set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
+precision_option = click.option(
+    "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic."
+)
+step_option = click.option("--step", type=click.IntRange(min=0), help="Checkpoint of this step; by default the newest.")
+model_argument = click.argument("location", metavar="RUN_DIR|HF_DIR")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -282,54 +288,173 @@ def _stop_signals(console: Console) -> Any:
 
 
 @main.command()
-@run_dir_argument
-@click.option("--prompt", default="", help="Text to go on from; by default the start of a document.")
+@model_argument
+@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; may be repeated.")
+@click.option("--prompt-file", help="File with a prompt a line; -: standard input.")
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0: likeliest.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
-@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="How many texts.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the draws.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="1: all.")
+@click.option("--stop", multiple=True, help="End before this string; may be repeated.")
+@click.option("--stop-token", multiple=True, type=click.IntRange(0, 50256), help="End before this token id, likewise.")
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; +1 for each more."
+)
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(min=1), help="Texts computed together.")
+@precision_option
 @json_option
 @command
 def generate(
-    run_dir: str,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
+    location: str,
+    prompts: tuple[str, ...],
+    prompt_file: str | None,
+    stop: tuple[str, ...],
+    stop_token: tuple[int, ...],
     samples: int,
     seed: int,
+    batch: int,
+    precision: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Write text with the newest checkpoint of RUN_DIR.
+    """Write text with the newest checkpoint of a run, or with a Hugging Face GPT-2.
+
+    Without a prompt it begins a document. Texts appear as they are written; each ends at <|endoftext|>.
 
     \b
     Example:
-      gpt2dist generate runs/smoke --prompt "def main(" --max-tokens 40 --samples 2
+      gpt2dist generate runs/smoke --prompt "def main(" --prompt "class " --max-tokens 40 --samples 2
     """
-    import torch
-
     from gpt2dist.data import tokenizer
-    from gpt2dist.model.generate import sample
-    from gpt2dist.model.gpt2 import GPT2, GPT2Config
-    from gpt2dist.train import checkpoint
+    from gpt2dist.model.generate import Sampling, continue_texts
+    from gpt2dist.train.saved import open_model
 
-    run, newest = _open_run(run_dir)
-    encoding = tokenizer.load(run.prepare.vocab_dir)
-    model = GPT2(GPT2Config.from_run(run)).eval()
-    model.load_state_dict(checkpoint.load_weights(newest), strict=False)  # head.weight is wte.weight
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = torch.tensor([tokenizer.EOT, *encoding.encode_ordinary(prompt)], device=model.wte.weight.device)
-    texts = []
-    for i in range(samples):
-        out = sample(model, ids, max_tokens, temperature=temperature, top_k=top_k, seed=seed + i, stop=tokenizer.EOT)
-        texts.append(encoding.decode(out.tolist()))
+    lines = _prompt_lines(prompt_file) if prompt_file else []
+    starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
+    seeds = [seed + i % samples for i in range(len(starts))]
+    sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
+    saved = open_model(location)
+    encoding = tokenizer.load(saved.vocab_dir)
+    model = saved.load(precision)
+    texts = [""] * len(starts)
+    shown = -1
+    for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
+        texts[i] += piece
         if not as_json:
-            click.echo(prompt + texts[-1])
-            if i + 1 < samples:
-                click.echo("-" * 40)
+            if i != shown:
+                click.echo(("\n" + "-" * 40 + "\n" if i else "") + starts[i], nl=False)
+                shown = i
+            click.echo(piece, nl=False)
     if as_json:
-        click.echo(json.dumps({"step": newest.index.step, "prompt": prompt, "texts": texts}))
+        rows = [{"prompt": p, "seed": s, "text": t} for p, s, t in zip(starts, seeds, texts, strict=True)]
+        click.echo(json.dumps({"step": saved.step, "samples": rows}))
+    else:
+        click.echo()
+
+
+def _prompt_lines(file: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt-file: {file}: cannot be read: {e}") from None
+
+
+@main.command()
+@model_argument
+@click.option("--data", "data_path", metavar="DIR", help="A prepared data set; by default the run's own.")
+@click.option("--split", default="val", show_default=True, type=click.Choice(["val", "train"]), help="Which part.")
+@click.option("--batches", type=click.IntRange(min=1), help="Of a fixed random order; by default the whole split.")
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences computed together.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="By default the run's, else the model's n_positions.")
+@step_option
+@precision_option
+@json_option
+@command
+def evaluate(
+    location: str,
+    data_path: str | None,
+    split: Literal["val", "train"],
+    batches: int | None,
+    batch: int | None,
+    seq_len: int | None,
+    step: int | None,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Loss, perplexity and next-token accuracy on held-out data.
+
+    Every sample of the split counts once.
+
+    \b
+    Example:
+      gpt2dist evaluate runs/smoke
+      gpt2dist evaluate models/gpt2 --data data/stdlib --batches 20
+    """
+    from rich.progress import track
+
+    from gpt2dist.data.mixture import MixedSplit, Mixture
+    from gpt2dist.data.order import permutation
+    from gpt2dist.model.evaluate import Score
+    from gpt2dist.model.evaluate import evaluate as scores
+    from gpt2dist.report import tables
+    from gpt2dist.train.saved import open_model
+
+    saved = open_model(location, step)
+    run, positions = saved.run, saved.config.n_positions
+    paths = {data_path: 1.0} if data_path else run.data_paths if run else {}
+    if not paths:
+        raise UserError("--data: required for a Hugging Face model")
+    seq_len = seq_len or (run.data.seq_len if run else positions)
+    if seq_len > positions:
+        raise UserError(f"--seq-len {seq_len} is longer than the model's n_positions = {positions}")
+    batch = batch or (run.batch.micro_sequences if run else max(1, 4096 // seq_len))
+    data = Mixture.of(paths)
+    tokens = MixedSplit(data, split, seq_len)
+    tokens.check_sizes()
+    if not tokens.num_samples:
+        count = sum(part.tokens for part in tokens.parts)
+        raise UserError(f"{data}: {split} has {count:,} tokens, less than one sequence of {seq_len} + 1")
+    ids = permutation(tokens.num_samples, "eval")[: batches * batch if batches else None]
+    ids.sort()  # storage is read from front to back
+    console = make_console(stderr=True)
+    found = scores(saved.load(precision), tokens, ids, batch)
+    score = sum(track(found, "evaluating", -(-len(ids) // batch), console=console, transient=True), Score())
+    values = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
+    if as_json:
+        what = {"step": saved.step, "data": str(data), "split": split, "samples": len(ids), "tokens": score.tokens}
+        click.echo(json.dumps(what | values))
+    else:
+        counts = {"sequences": f"{len(ids):,} of {tokens.num_samples:,}", "tokens": f"{score.tokens:,}"}
+        rows = counts | {key: f"{value:.4f}" for key, value in values.items()}
+        tables.pairs(make_console(), f"{location}, {split} of {data}", rows)
+
+
+@main.command()
+@model_argument
+@click.option("--output", required=True, metavar="DIR", help="Local directory or s3:// location; must hold no model.")
+@step_option
+@json_option
+@command
+def export(location: str, output: str, step: int | None, as_json: bool) -> None:
+    """Write a checkpoint as a Hugging Face model directory, with its tokenizer.
+
+    transformers' GPT2LMHeadModel and AutoTokenizer open it with from_pretrained, offline.
+
+    \b
+    Example:
+      gpt2dist export runs/smoke --output models/smoke
+    """
+    from gpt2dist.model import hf
+    from gpt2dist.train.saved import open_model
+
+    saved = open_model(location, step, verify=True)
+    hf.export(output, saved.config, saved.weights, saved.vocab_dir)
+    if as_json:
+        click.echo(json.dumps({"step": saved.step, "output": output}))
+    else:
+        click.echo(f"{output}: " + (location if saved.step is None else f"step {saved.step} of {location}"))
 
 
 @main.command()

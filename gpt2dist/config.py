@@ -78,6 +78,8 @@ class ModelSection(Section):
     """Rows of the position table; by default data.seq_len."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the embeddings, in attention and on both residual branches."""
+    init_from: str = ""
+    """Initial weights: a directory with a Hugging Face GPT-2 of this shape, or its id on the hub; by default random."""
 
     @model_validator(mode="after")
     def _shape(self) -> ModelSection:
@@ -279,7 +281,10 @@ class RunConfig(Section):
         paths = {_absolute(path): weight for path, weight in self.data_paths.items()}
         path = paths if len(paths) > 1 else next(iter(paths), "")
         data = self.data.model_copy(update={"path": path})
-        return self.model_copy(update={"storage": _absolute(self.storage), "prepare": prepare, "data": data})
+        init = self.model.init_from
+        model = self.model.model_copy(update={"init_from": _absolute(init) if Path(init).is_dir() else init})
+        places = {"storage": _absolute(self.storage), "prepare": prepare, "data": data, "model": model}
+        return self.model_copy(update=places)
 
     @property
     def global_batch(self) -> int:

@@ -39,9 +39,13 @@ class Mixture:
     @classmethod
     def open(cls, run: RunConfig) -> Mixture:
         """Read the manifests of `data.path`. Raises `UserError`."""
-        weights = run.data_paths
-        if not weights:
+        if not run.data_paths:
             raise UserError("data.path: required, but missing (or set prepare.output)")
+        return cls.of(run.data_paths)
+
+    @classmethod
+    def of(cls, weights: dict[str, float]) -> Mixture:
+        """The data sets at the keys, with their weights. Raises `UserError`."""
         manifests = {path: read_manifest(path) for path in weights}
         seen: dict[str, str] = {}
         for path, manifest in manifests.items():

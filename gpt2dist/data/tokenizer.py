@@ -63,6 +63,17 @@ def load(vocab_dir: str = "") -> tiktoken.Encoding:
     )
 
 
+def files(vocab_dir: str = "") -> dict[str, Path]:
+    """Where vocab.bpe and encoder.json lie. Raises `UserError` as `load` does."""
+    found = _find_files(vocab_dir)
+    if found is None:
+        load(vocab_dir)  # tiktoken downloads them into its cache
+        found = _find_files(vocab_dir)
+    if found is None:
+        raise UserError("GPT-2's vocabulary files are nowhere; name their directory in prepare.vocab_dir")
+    return found
+
+
 def _find_files(vocab_dir: str) -> dict[str, Path] | None:
     if vocab_dir:
         files = {name: Path(vocab_dir) / name for name in _SHA256}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2dist.config import RunConfig
+from gpt2dist.model.loss import linear_cross_entropy
 
 VOCAB_SIZE = 50257
 VOCAB_MULTIPLE = 128
@@ -57,6 +59,49 @@ class GPT2Config:
         return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout)
 
 
+class LayerCache:
+    """Keys and values of one layer, each [B, n_head, capacity, d_k], filled from the left."""
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store those of the next tokens, [B, n_head, T, d_k]; returns all so far."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class KVCache:
+    """What attention needs of the tokens so far, so that the next one is computed alone.
+
+    The rows of a batch end together: shorter ones begin with padding, which nobody attends to and no position counts.
+    """
+
+    def __init__(self, c: GPT2Config, capacity: int, padding: Tensor, like: Tensor) -> None:
+        """capacity: tokens of a row, padding included; padding: int64 [B]; like: has the weights' dtype and device."""
+        shape = (len(padding), c.n_head, capacity, c.n_embd // c.n_head)
+        self.layers = [LayerCache(shape, like) for _ in range(c.n_layer)]
+        columns = torch.arange(capacity, device=like.device)
+        self._positions = (columns - padding[:, None]).clamp(min=0)
+        self._real = columns >= padding[:, None]
+        self._padded = bool(padding.any())
+
+    def place(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The next tokens' positions [B, count], and what they attend to: bool [B, 1, count, length] or all (None)."""
+        start = self.layers[0].length
+        end = start + count
+        positions = self._positions[:, start:end]
+        if not self._padded and (count == 1 or start == 0):
+            return positions, None
+        columns = torch.arange(end, device=positions.device)
+        before = columns <= columns[start:, None]
+        itself = columns == columns[start:, None]  # also padding must attend to something
+        return positions, (before & (self._real[:, None, None, :end] | itself))
+
+
 class Attention(nn.Module):
     """Causal multi-head attention: softmax(QKᵀ/√d_k)V (Vaswani et al. 2017, eq. 1)."""
 
@@ -67,12 +112,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x, result: [B, T, n_embd]."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x, result: [B, T, n_embd]; mask: bool, what each token attends to, None: all before it."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.append(k, v)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
         out: Tensor = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
 
@@ -102,27 +149,33 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x, result: [B, T, n_embd]."""
-        x = x + self.dropout(self.attn(self.ln_1(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x, result: [B, T, n_embd]; mask, cache: see `Attention`."""
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))
         out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
         return out
 
 
 class Head(nn.Module):
-    """Logits by the tied embedding table; the padding rows answer -inf, so no softmax ever sees them."""
+    """Logits by the tied embedding table, or the loss; no softmax ever sees the table's padding rows."""
 
     def __init__(self, c: GPT2Config, table: nn.Embedding) -> None:
         super().__init__()
         self.weight = table.weight
-        bias = torch.zeros(c.padded_vocab_size)
+        self.vocab_size = c.vocab_size
+        bias = torch.zeros(c.padded_vocab_size, device="cpu")  # also where the parameters have no values yet
         bias[c.vocab_size :] = -torch.inf
         self.register_buffer("padding", bias, persistent=False)
         self.padding: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, n_embd]; result: [B, T, padded vocabulary]."""
-        return F.linear(x, self.weight, self.padding.to(x.dtype))
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x: [B, T, n_embd]; result: [B, T, padded vocabulary], the padding being -inf.
+
+        With targets, int64 [B, T]: their mean cross-entropy, scalar fp32.
+        """
+        if targets is None:
+            return F.linear(x, self.weight, self.padding.to(x.dtype))
+        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten(), self.vocab_size)
 
 
 class GPT2(nn.Module):
@@ -138,13 +191,26 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.head = Head(c, self.wte)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype.
+
+        With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1.
+        """
+        x = self._hidden(ids, cache)
+        out: Tensor = self.head(x if cache is None else x[:, -1:])
+        return out
+
+    def _hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head sees of each token: [B, T, n_embd]."""
+        mask = None
+        if cache is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        else:
+            positions, mask = cache.place(ids.shape[1])
         x = self.dropout(self.wte(ids) + self.wpe(positions))
-        for block in self.h:
-            x = block(x)
-        out: Tensor = self.head(self.ln_f(x))
+        for i, block in enumerate(self.h):
+            x = block(x, mask, cache and cache.layers[i])
+        out: Tensor = self.ln_f(x)
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -152,8 +218,8 @@ class GPT2(nn.Module):
 
         tokens: int64 [B, T+1]; result: scalar fp32, −1/(B·T) Σ log P(w_i | w_<i).
         """
-        logits = self.logits(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss: Tensor = self.head(self._hidden(tokens[:, :-1]), tokens[:, 1:])
+        return loss
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: GPT2Config, seed: int) -> Tensor:
@@ -177,13 +243,20 @@ def initial_value(name: str, shape: tuple[int, ...], config: GPT2Config, seed: i
     return value
 
 
+def assemble(config: GPT2Config, value: Callable[[str], Tensor]) -> GPT2:
+    """A model of the tensors that `value` returns for its parameters' names: taken over, not copied."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    state = {name: value(name) for name, _ in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.head.weight = model.wte.weight
+    return model
+
+
 def build(config: GPT2Config, seed: int) -> GPT2:
     """A new model with initial weights, fp32 on the CPU."""
-    model = GPT2(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(name, tuple(p.shape), config, seed))
-    return model
+    shapes = parameter_shapes(config)
+    return assemble(config, lambda name: initial_value(name, shapes[name], config, seed))
 
 
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:

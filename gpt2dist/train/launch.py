@@ -21,7 +21,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
-from gpt2dist.model import gpt2
+from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove, remove_tree
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.worker import DATASET, WorkerFailed, root_cause, train_worker
@@ -74,6 +74,7 @@ def preflight(run: RunConfig, source: str) -> Preflight:
     check_writable(run.run_dir)
     found = checkpoint.newest(run.run_dir)
     if found is None:
+        hf.check_init(run, source)
         return Preflight(0, finished=False)
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
     if found.index.data_fingerprint != data.fingerprint and not run.data.allow_changed:

@@ -189,7 +189,7 @@ def test_server_away_while_preparing(s3: S3Server, tmp_path: Path) -> None:
         process.wait()
     assert process.returncode == 0, output
     local = tmp_path / "data"
-    remote = location(run.data_path)
+    remote = location(run.prepare.output)
     assert (remote / "manifest.json").read_bytes() == manifest_of(tmp_path, root)
     quarantine = (local / "quarantine.jsonl").read_bytes().replace(str(tmp_path).encode(), root.encode())
     assert (remote / "quarantine.jsonl").read_bytes() == quarantine
@@ -215,9 +215,9 @@ def test_a_server_that_throttles(
         try:
             done(gpt2dist("prepare", str(write(run, tmp_path)), timeout=150))
             assert min(proxy.refused.values()) > 10, proxy.refused
-            disk = Path(on_disk.data_path)
-            assert (location(run.data_path) / "manifest.json").read_bytes() == manifest_of(disk.parent, root)
-            done(gpt2dist("data", "verify", run.data_path))
+            disk = Path(on_disk.prepare.output)
+            assert (location(run.prepare.output) / "manifest.json").read_bytes() == manifest_of(disk.parent, root)
+            done(gpt2dist("data", "verify", run.prepare.output))
             for mine, reference in zip(local_blocks(run, 0, 1, 0), local_blocks(on_disk, 0, 1, 0), strict=True):
                 assert np.array_equal(mine["tokens"], reference["tokens"])
         finally:

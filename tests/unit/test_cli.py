@@ -123,7 +123,9 @@ def test_no_cluster_at_the_address(run_file: str) -> None:
 
 
 def test_run_directories_that_are_none(run_file: str) -> None:
-    for command in (["generate", "x"], ["audit", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
+    for command in (["generate", "x"], ["evaluate", "x"], ["export", "x", "--output", "y"]):
+        assert_one_line(cli(*command), "x: no run directory (config.toml) and no Hugging Face model (config.json)")
+    for command in (["audit", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
         assert_one_line(cli(*command), "x: no such run directory")
     Path("y").mkdir()
     assert_one_line(cli("audit", "y"), "config.toml: no such file")
@@ -141,7 +143,9 @@ def test_dry_run_starts_nothing(run_file: str) -> None:
     assert numbers["memory_bytes"]["Adam moments"] == 8 * numbers["parameters_padded"] // 2
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "generate", "audit", "checkpoint ls", "checkpoint verify", ""])
+@pytest.mark.parametrize(
+    "command", ["prepare", "train", "generate", "evaluate", "export", "audit", "checkpoint ls", "checkpoint verify", ""]
+)
 def test_help_has_an_example(command: str) -> None:
     result = cli(*command.split(), "--help")
     assert result.exit_code == 0

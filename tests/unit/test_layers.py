@@ -12,7 +12,7 @@ LAYERS = [
     ["gpt2dist.cli", "gpt2dist.__main__"],
     ["gpt2dist.cluster", "gpt2dist.report", "gpt2dist.train.launch"],
     ["gpt2dist.train.worker", "gpt2dist.data.prepare"],
-    ["gpt2dist.train.trainer", "gpt2dist.data.stream"],
+    ["gpt2dist.train.trainer", "gpt2dist.train.saved", "gpt2dist.data.stream"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
     [
         "gpt2dist.train.optim",
@@ -21,7 +21,8 @@ LAYERS = [
         "gpt2dist.train.fragment_file",
         "gpt2dist.train.rundir",
     ],
-    ["gpt2dist.model", "gpt2dist.data"],
+    ["gpt2dist.model"],
+    ["gpt2dist.data"],
     ["gpt2dist.storage"],
     ["gpt2dist.s3"],
     ["gpt2dist.config"],

@@ -5,8 +5,6 @@ import torch
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
-from gpt2dist.data.tokenizer import EOT
-from gpt2dist.model.generate import sample
 from gpt2dist.model.gpt2 import (
     GPT2,
     PRESETS,
@@ -82,9 +80,6 @@ def test_padded_vocabulary_is_inert() -> None:
         model.wte.weight[CONFIG.vocab_size :] = 1e3  # whatever stands there
         assert model(tokens).item() == loss.item()
         assert (model.logits(tokens)[..., CONFIG.vocab_size :] == -torch.inf).all()
-    for seed in range(3):
-        out = sample(model, tokens[0], 20, temperature=5.0, top_k=0, seed=seed, stop=EOT)
-        assert out.max() < CONFIG.vocab_size
 
 
 def test_causal() -> None:
@@ -148,17 +143,3 @@ def test_dropout_acts_in_training_only() -> None:
     assert a != c
     model.eval()
     assert model(tokens) == model(tokens)
-
-
-def test_sampling() -> None:
-    model = random_model()
-    prompt = torch.tensor([EOT, 5, 7])
-    options = {"temperature": 1.0, "top_k": 0, "stop": EOT}
-    a = sample(model, prompt, 40, seed=1, **options)
-    assert len(a) <= 40  # longer than the context: it slides
-    assert torch.equal(a, sample(model, prompt, 40, seed=1, **options))
-    assert not torch.equal(a, sample(model, prompt, 40, seed=2, **options))
-    greedy = sample(model, prompt, 5, seed=1, temperature=0.0, top_k=0, stop=-1)
-    assert greedy[0] == model.logits(prompt[None])[0, -1].argmax()
-    assert torch.equal(greedy, sample(model, prompt, 5, seed=9, temperature=1.0, top_k=1, stop=-1))
-    assert len(sample(model, prompt, 5, seed=1, temperature=0.0, top_k=0, stop=int(greedy[0]))) == 0

@@ -1,0 +1,79 @@
+"""A saved model, in a run directory or in a Hugging Face one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpt2dist import storage
+from gpt2dist.config import RunConfig, UserError, parse_toml
+from gpt2dist.model import gpt2, hf
+from gpt2dist.model.gpt2 import GPT2, GPT2Config
+from gpt2dist.train import checkpoint
+from gpt2dist.train.peak import DTYPES
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Shape and weights, and where they come from."""
+
+    config: GPT2Config
+    weights: hf.Weights
+    run: RunConfig | None = None
+    """The run that trained it; None: a Hugging Face directory."""
+    step: int | None = None
+    """Of the checkpoint."""
+
+    @property
+    def vocab_dir(self) -> str:
+        """Where the run looks for the vocabulary files."""
+        return self.run.prepare.vocab_dir if self.run else ""
+
+    def load(self, precision: str) -> GPT2:
+        """The model in eval mode; on the GPU where there is one. precision: fp32, bf16."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return gpt2.assemble(self.config, self.weights).eval().to(device, DTYPES[precision])
+
+
+def open_model(location: str, step: int | None = None, *, verify: bool = False) -> SavedModel:
+    """The newest good checkpoint of a run directory, or the one of `step`; or a Hugging Face model.
+
+    With `verify` the hashes of a checkpoint's files are computed.
+
+    Raises:
+        UserError: nothing of the kind lies there, or it is damaged.
+    """
+    directory = storage.location(location)
+    try:
+        run = parse_toml(storage.read_bytes(directory / "config.toml"), f"{location}/config.toml")
+    except (FileNotFoundError, NotADirectoryError):
+        if not storage.exists(directory / hf.CONFIG):
+            raise UserError(
+                f"{location}: no run directory (config.toml) and no Hugging Face model ({hf.CONFIG})"
+            ) from None
+        if step is not None:
+            raise UserError(f"{location}: --step: not a run directory, it has no steps") from None
+        return SavedModel(hf.read_config(location), hf.read_weights(location))
+    try:
+        found = _checkpoint(location, step)
+        if verify:
+            checkpoint.verify(found)
+        config = GPT2Config.from_run(run)
+        checkpoint.check_fits(found, gpt2.parameter_shapes(config), f"{location}/config.toml")
+        return SavedModel(config, checkpoint.load_weights(found).__getitem__, run, found.index.step)
+    except checkpoint.BadCheckpoint as e:
+        raise UserError(str(e)) from None
+
+
+def _checkpoint(location: str, step: int | None) -> checkpoint.Checkpoint:
+    if step is None:
+        if (found := checkpoint.newest(location)) is None:
+            raise UserError(f"{location}: no checkpoint yet")
+        return found
+    path = checkpoint.step_directory(location, step)
+    if not storage.exists(path / checkpoint.INDEX):
+        raise UserError(f"{location}: no checkpoint of step {step}; see: gpt2dist checkpoint ls {location}")
+    found = checkpoint.Checkpoint(path, checkpoint.read_index(path))
+    checkpoint.check_sizes(found)
+    return found

@@ -1,0 +1,45 @@
+"""Run directories made without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gpt2dist.config import RunConfig
+from gpt2dist.model.gpt2 import GPT2
+from gpt2dist.train import checkpoint
+from gpt2dist.train.checkpoint import Index
+from gpt2dist.train.fragment import KINDS, Fragment
+
+
+def save_run(run: RunConfig, model: GPT2, step: int = 4, ranks: int = 2) -> str:
+    """A run directory with a checkpoint of the model's weights, each parameter cut in pieces as ZeRO does."""
+    directory = checkpoint.step_directory(run.run_dir, step)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    parts = []
+    for rank in range(ranks):
+        fragments = []
+        for name, p in model.named_parameters():
+            flat = p.detach().flatten()
+            low, high = (r * len(flat) // ranks for r in (rank, rank + 1))
+            for kind in KINDS:
+                piece = flat[low:high] if kind == "weight" else torch.zeros(high - low)
+                fragments.append(Fragment(name, kind, low, piece))
+        parts.append(checkpoint.write_rank(directory, rank, fragments))
+    index = Index(
+        step=step,
+        position=step * run.global_batch,
+        data_fingerprint="f",
+        config=run.model_dump(mode="json"),
+        world_size=ranks,
+        zero_stage=2,
+        attempt=1,
+        scalars={"optimizer_steps": float(step)},
+        parameters=shapes,
+        fragments=[f for _, table in parts for f in table],
+        files=[file for file, _ in parts],
+    )
+    checkpoint.commit(directory, index)
+    Path(run.run_dir, "config.toml").write_text(run.to_toml())
+    return run.run_dir
