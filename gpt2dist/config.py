@@ -77,6 +77,8 @@ class ModelSection(Section):
     """Rows of the position table; by default data.seq_len."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the embeddings, in attention and on both residual branches."""
+    document_mask: bool = False
+    """Attention does not cross `<|endoftext|>`, and positions begin again after it (docs/model.md)."""
     init_from: str = ""
     """Initial weights: a directory with a Hugging Face GPT-2 of this shape, or its id on the hub; by default random."""
 

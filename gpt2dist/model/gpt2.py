@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.tokenizer import EOT
 
 VOCAB_SIZE = 50257
 VOCAB_MULTIPLE = 128
@@ -41,6 +42,8 @@ class GPT2Config:
     n_positions: int
     dropout: float = 0.0
     vocab_size: int = VOCAB_SIZE
+    document_mask: bool = False
+    """Attention stays inside documents, and each begins at position 0."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -55,7 +58,19 @@ class GPT2Config:
             n_layer, n_head, n_embd = PRESETS[m.preset]
         else:
             n_layer, n_head, n_embd = m.n_layer or 0, m.n_head or 0, m.n_embd or 0  # config.py requires them
-        return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout)
+        return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout, document_mask=m.document_mask)
+
+
+def documents(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of packed documents, ids: int64 [B, T]: positions [B, T], and what each token attends to: bool [B, 1, T, T].
+
+    <|endoftext|> belongs to the document that it ends; the token after it has position 0.
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    first = F.pad(ids == EOT, (1, -1))  # of a document
+    start = torch.where(first, columns, 0).cummax(dim=1).values
+    same = start[:, None, :, None] == start[:, None, None, :]
+    return columns - start, same & (columns <= columns[:, None])
 
 
 class LayerCache:
@@ -187,13 +202,16 @@ class GPT2(nn.Module):
     def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype.
 
-        With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1.
+        With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1;
+        a row of it is one document.
         """
         mask = None
-        if cache is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        else:
+        if cache is not None:
             positions, mask = cache.place(ids.shape[1])
+        elif self.config.document_mask:
+            positions, mask = documents(ids)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.dropout(self.wte(ids) + self.wpe(positions))
         for i, block in enumerate(self.h):
             x = block(x, mask, cache and cache.layers[i])
