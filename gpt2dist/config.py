@@ -127,6 +127,8 @@ class TrainSection(Section):
     """Arithmetic of forward and backward; master weights and Adam moments are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.tokenizer import EOT
@@ -44,6 +45,8 @@ class GPT2Config:
     vocab_size: int = VOCAB_SIZE
     document_mask: bool = False
     """Attention stays inside documents, and each begins at position 0."""
+    activation_checkpointing: bool = False
+    """Of a block only the input is kept; backward computes the rest again (Chen et al. 2016)."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -58,7 +61,15 @@ class GPT2Config:
             n_layer, n_head, n_embd = PRESETS[m.preset]
         else:
             n_layer, n_head, n_embd = m.n_layer or 0, m.n_head or 0, m.n_embd or 0  # config.py requires them
-        return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout, document_mask=m.document_mask)
+        return cls(
+            n_layer,
+            n_head,
+            n_embd,
+            m.n_positions or run.data.seq_len,
+            m.dropout,
+            document_mask=m.document_mask,
+            activation_checkpointing=run.train.activation_checkpointing,
+        )
 
 
 def documents(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +225,10 @@ class GPT2(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.dropout(self.wte(ids) + self.wpe(positions))
         for i, block in enumerate(self.h):
-            x = block(x, mask, cache and cache.layers[i])
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)  # with the same dropout: it restores the RNG
+            else:
+                x = block(x, mask, cache and cache.layers[i])
         if cache is not None:
             x = x[:, -1:]
         out: Tensor = self.head(self.ln_f(x))

@@ -174,3 +174,28 @@ def test_packed_documents_equal_the_documents_one_by_one() -> None:
     assert abs(plain(tokens[None]).item() - loss.item()) > 1e-3  # without the mask it is another loss
     row = torch.cat([pieces_ids := torch.tensor(pieces[3]), pieces_ids[:1]])[None]
     assert masked(row).item() == pytest.approx(plain(row).item(), abs=1e-6)  # one document: nothing to mask
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_activation_checkpointing_changes_no_bit_and_keeps_less(document_mask: bool) -> None:
+    config = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=16, dropout=0.5, document_mask=document_mask)
+    tokens = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(1))
+    results = []
+    for switch in (False, True):
+        model = build(replace(config, activation_checkpointing=switch), 0)
+        kept = 0
+
+        def count(t: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += 1
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            torch.manual_seed(1)
+            loss = model(tokens)
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()], kept))
+    (loss, gradients, kept), (loss_again, gradients_again, kept_again) = results
+    assert torch.equal(loss, loss_again)
+    assert all(map(torch.equal, gradients, gradients_again))
+    assert kept_again < kept / 2
