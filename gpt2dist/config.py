@@ -78,6 +78,8 @@ class ModelSection(Section):
     """Rows of the position table; by default data.seq_len."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the embeddings, in attention and on both residual branches."""
+    document_mask: bool = False
+    """Attention does not cross `<|endoftext|>`, and positions begin again after it (docs/model.md)."""
     init_from: str = ""
     """Initial weights: a directory with a Hugging Face GPT-2 of this shape, or its id on the hub; by default random."""
 
@@ -143,6 +145,8 @@ class TrainSection(Section):
     """Arithmetic of forward and backward; master weights and Adam moments are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 

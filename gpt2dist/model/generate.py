@@ -48,6 +48,9 @@ class Generation:
 
     def __init__(self, model: GPT2, prompts: Sequence[Sequence[int]], seeds: Sequence[int], s: Sampling) -> None:
         """model: in eval mode; prompts: token ids, each at least one."""
+        if model.config.document_mask:  # a token does not see what was before its document
+            starts = [max((i + 1 for i, token in enumerate(p[:-1]) if token == EOT), default=0) for p in prompts]
+            prompts = [p[start:] for p, start in zip(prompts, starts, strict=True)]
         self.model, self.sampling = model, s
         self.done = [False] * len(prompts)
         device = model.wte.weight.device
@@ -64,10 +67,12 @@ class Generation:
         model, ids = self.model, self._ids
         positions = model.config.n_positions
         capacity = min(ids.shape[1], positions)
+        last = ids[:, self._width - 1].tolist()
+        stale = True
         for step in range(self.sampling.max_tokens):
             end = self._width + step
             start = max(0, end - positions)
-            if step == 0 or start:
+            if stale or start:
                 cache = KVCache(model.config, capacity, (self._padding - start).clamp(min=0), model.wte.weight)
                 logits = model.logits(ids[:, start:end], cache)
             else:
@@ -75,6 +80,9 @@ class Generation:
             tokens = choose(logits[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
             ids[:, end] = tokens
             drawn = [(row, token) for row, token in enumerate(tokens.tolist()) if not self.done[row]]
+            restarted = [row for row, _ in drawn if model.config.document_mask and last[row] == EOT]
+            self._padding[restarted] = end
+            stale, last = bool(restarted), tokens.tolist()
             for row, token in drawn:
                 self.done[row] = token in self.sampling.stop_tokens
             yield [(row, token) for row, token in drawn if not self.done[row]]

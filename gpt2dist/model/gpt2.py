@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.tokenizer import EOT
 from gpt2dist.model.loss import linear_cross_entropy
 
 VOCAB_SIZE = 50257
@@ -42,6 +44,10 @@ class GPT2Config:
     n_positions: int
     dropout: float = 0.0
     vocab_size: int = VOCAB_SIZE
+    document_mask: bool = False
+    """Attention stays inside documents, and each begins at position 0."""
+    activation_checkpointing: bool = False
+    """Of a block only the input is kept; backward computes the rest again (Chen et al. 2016)."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -56,7 +62,27 @@ class GPT2Config:
             n_layer, n_head, n_embd = PRESETS[m.preset]
         else:
             n_layer, n_head, n_embd = m.n_layer or 0, m.n_head or 0, m.n_embd or 0  # config.py requires them
-        return cls(n_layer, n_head, n_embd, m.n_positions or run.data.seq_len, m.dropout)
+        return cls(
+            n_layer,
+            n_head,
+            n_embd,
+            m.n_positions or run.data.seq_len,
+            m.dropout,
+            document_mask=m.document_mask,
+            activation_checkpointing=run.train.activation_checkpointing,
+        )
+
+
+def documents(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of packed documents, ids: int64 [B, T]: positions [B, T], and what each token attends to: bool [B, 1, T, T].
+
+    <|endoftext|> belongs to the document that it ends; the token after it has position 0.
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    first = F.pad(ids == EOT, (1, -1))  # of a document
+    start = torch.where(first, columns, 0).cummax(dim=1).values
+    same = start[:, None, :, None] == start[:, None, None, :]
+    return columns - start, same & (columns <= columns[:, None])
 
 
 class LayerCache:
@@ -194,7 +220,8 @@ class GPT2(nn.Module):
     def logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids: int64 [B, T], T ≤ n_positions; result: [B, T, padded vocabulary] in the weights' dtype.
 
-        With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1.
+        With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1;
+        a row of it is one document.
         """
         x = self._hidden(ids, cache)
         out: Tensor = self.head(x if cache is None else x[:, -1:])
@@ -203,13 +230,18 @@ class GPT2(nn.Module):
     def _hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head sees of each token: [B, T, n_embd]."""
         mask = None
-        if cache is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        else:
+        if cache is not None:
             positions, mask = cache.place(ids.shape[1])
+        elif self.config.document_mask:
+            positions, mask = documents(ids)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.dropout(self.wte(ids) + self.wpe(positions))
         for i, block in enumerate(self.h):
-            x = block(x, mask, cache and cache.layers[i])
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)  # with the same dropout: it restores the RNG
+            else:
+                x = block(x, mask, cache and cache.layers[i])
         out: Tensor = self.ln_f(x)
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,16 @@ def test_command(run_dir: str, tmp_path: Path) -> None:
     assert first == "import os" + rows["samples"][0]["text"]
     assert cli("generate", run_dir, "--max-tokens", "3", "--precision", "bf16").exit_code == 0
     assert_one_line(cli("generate", run_dir, "--prompt-file", "none"), "--prompt-file: none: cannot be read")
+
+
+@pytest.mark.parametrize("prompt", [[tokenizer.EOT, 5, 7], [5, tokenizer.EOT], [5, tokenizer.EOT, 7]])
+def test_with_a_document_mask_texts_go_on_as_they_were_trained(prompt: list[int]) -> None:
+    model = random_model()
+    model.config = replace(model.config, document_mask=True)
+    neighbours = prompts_of(9, 2)
+    out = generated(model, [prompt, *neighbours], max_tokens=6, temperature=0)
+    for start, texts in zip((prompt, *neighbours), out, strict=True):
+        ids = list(start)
+        for token in texts:
+            assert token == int(model.logits(torch.tensor([ids]))[0, -1].argmax())
+            ids.append(token)

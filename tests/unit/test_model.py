@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
+from gpt2dist.data.tokenizer import EOT
 from gpt2dist.model.gpt2 import (
     GPT2,
     PRESETS,
@@ -143,3 +146,56 @@ def test_dropout_acts_in_training_only() -> None:
     assert a != c
     model.eval()
     assert model(tokens) == model(tokens)
+
+
+def packed_documents() -> tuple[torch.Tensor, list[list[int]]]:
+    """A sequence of documents, one of them only <|endoftext|>, and its inputs cut at their ends."""
+    tokens = torch.randint(0, EOT, (31,), generator=torch.Generator().manual_seed(1))
+    tokens[[0, 6, 7, 20]] = EOT
+    ids = tokens[:-1].tolist()
+    return tokens, [ids[:1], ids[1:7], ids[7:8], ids[8:21], ids[21:]]
+
+
+def test_packed_documents_equal_the_documents_one_by_one() -> None:
+    plain = random_model()
+    masked = GPT2(replace(CONFIG, document_mask=True))
+    masked.load_state_dict(plain.state_dict())
+    tokens, pieces = packed_documents()
+    loss = masked(torch.stack([tokens, tokens]))
+    total, end = torch.zeros(()), 0
+    for piece in pieces:  # each with the token after it, the first of the next document, as its last target
+        total = total + len(piece) * plain(tokens[None, end : end + len(piece) + 1])
+        end += len(piece)
+    assert abs(loss.item() - total.item() / end) <= 1e-5
+    loss.backward()
+    (total / end).backward()
+    for (name, p), q in zip(masked.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
+    assert abs(plain(tokens[None]).item() - loss.item()) > 1e-3  # without the mask it is another loss
+    row = torch.cat([pieces_ids := torch.tensor(pieces[3]), pieces_ids[:1]])[None]
+    assert masked(row).item() == pytest.approx(plain(row).item(), abs=1e-6)  # one document: nothing to mask
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_activation_checkpointing_changes_no_bit_and_keeps_less(document_mask: bool) -> None:
+    config = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=16, dropout=0.5, document_mask=document_mask)
+    tokens = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(1))
+    results = []
+    for switch in (False, True):
+        model = build(replace(config, activation_checkpointing=switch), 0)
+        kept = 0
+
+        def count(t: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += 1
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            torch.manual_seed(1)
+            loss = model(tokens)
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()], kept))
+    (loss, gradients, kept), (loss_again, gradients_again, kept_again) = results
+    assert torch.equal(loss, loss_again)
+    assert all(map(torch.equal, gradients, gradients_again))
+    assert kept_again < kept / 2
