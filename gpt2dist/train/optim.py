@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from gpt2dist.config import OptimSection
+from gpt2dist.model import gpt2
 
 
-def adamw(model: nn.Module, o: OptimSection) -> torch.optim.AdamW:
+def adamw(model: gpt2.GPT2, o: OptimSection) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019) that decays matrices and embeddings only."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    shapes = gpt2.parameter_shapes(model.config)  # ZeRO-3 has emptied the parameters themselves
+    params = dict(model.named_parameters())
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": o.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in params.items() if len(shapes[name]) >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for name, p in params.items() if len(shapes[name]) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 

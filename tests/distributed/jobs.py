@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import resource
+from collections.abc import Iterable
 from typing import Any
 
+import psutil
 import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import local_blocks, split_blocks
+from gpt2dist.model import gpt2
 from gpt2dist.train.checkpoint import newest
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.trainer import Trainer
@@ -53,16 +58,39 @@ def step_once(run: RunConfig) -> dict[str, Any]:
     return {"norms": [r.grad_norm for r in results], "applied": [r.applied for r in results]}
 
 
-def initial_digest(run: RunConfig) -> list[tuple[str, int, str]]:
-    """This rank's pieces of the initial master weights, hashed."""
+def initial_digests(runs: list[RunConfig]) -> list[str]:
+    """For each run one sha256 over the initial fp32 weights, put together from all ranks' fragments."""
+    return [_initial_digest(run) for run in runs]
+
+
+def _initial_digest(run: RunConfig) -> str:
     engine = Engine(run, torch.device("cpu"))
-    pieces = [
-        (f.parameter, f.start, hashlib.sha256(f.tensor.numpy().tobytes()).hexdigest())
-        for f in engine.fragments(owned=True)
-        if f.kind == "weight"
+    mine = [
+        (f.parameter, f.start, f.tensor.numpy().tobytes()) for f in engine.fragments(owned=True) if f.kind == "weight"
     ]
+    pieces = sorted(piece for part in engine.gather_objects(mine) for piece in part)
     engine.close()
-    return pieces
+    return weights_digest((name, content) for name, _, content in pieces)
+
+
+def weights_digest(pieces: Iterable[tuple[str, bytes]]) -> str:
+    """sha256 of (parameter, content) pairs; a parameter may come in several consecutive ones."""
+    digest = hashlib.sha256()
+    for name, group in itertools.groupby(pieces, lambda piece: piece[0]):
+        digest.update(name.encode())
+        for _, content in group:
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def startup_peak(run: RunConfig) -> int:
+    """Bytes that this process needed at its peak to build the engine, beside what importing took."""
+    gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run))  # torch imports much for its first tensor without storage
+    before = psutil.Process().memory_info().rss
+    engine = Engine(run, torch.device("cpu"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    engine.close()
+    return peak - before
 
 
 def committed_step(run: RunConfig) -> int:
