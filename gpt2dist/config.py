@@ -123,6 +123,11 @@ class TrainSection(Section):
     """Arithmetic of forward and backward; master weights and Adam moments are always fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    max_skipped: int = Field(default=10, ge=1)
+    """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
+    their samples. In fp16 those that lower the loss scale do not count."""
+    initial_loss_scale: int = Field(default=2**16, ge=1)
+    """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 
@@ -132,6 +137,8 @@ class TrainSection(Section):
             raise ValueError(f"stop_at = {self.stop_at} is after steps = {self.steps}")
         if self.precision == "fp16" and self.zero_stage == 0:
             raise ValueError("precision = fp16 needs zero_stage 1, 2 or 3, which carry the loss scale")
+        if self.initial_loss_scale.bit_count() != 1:
+            raise ValueError(f"initial_loss_scale = {self.initial_loss_scale} is not a power of two")
         return self
 
 

@@ -111,6 +111,8 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
     newest = checkpoint.newest(run.run_dir)
     step = newest.index.step if newest else 0
     rows["steps"] = f"{step:,} of {run.train.steps:,}; this command took {int(seconds) // 60}:{int(seconds) % 60:02d}"
+    if skipped := sum("skipped" in m for m in metrics):
+        rows["skipped steps"] = f"{skipped:,} (gradients not finite)"
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:

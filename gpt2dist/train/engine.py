@@ -45,7 +45,9 @@ class StepResult:
     grad_norm: float
     """2-norm of the global gradient before clipping; inf or nan where the step was skipped."""
     applied: bool
-    """False where non-finite gradients made DeepSpeed skip the update."""
+    """False where the gradients were not finite: weights, moments and Adam's step count are what they were."""
+    rescaled: bool = False
+    """Not applied, but the fp16 loss scale was not at its minimum: it may have been too large."""
 
 
 class _CastForward(nn.Module):
@@ -107,6 +109,9 @@ class Engine:
             dist_init_required=False,
         )[0]
         self._zero: Any = self.ds.optimizer
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            scaler.raise_error_at_min_scale = False  # when to give up is the trainer's decision
         self._create_optimizer_state()
         self._set_initial_weights(run.seed)
 
@@ -131,9 +136,11 @@ class Engine:
             group["lr"] = lr
         if self.stage == 0:  # DeepSpeed reports no norm here, and would skip nothing
             return self._step_replicated()
+        scaler = self._loss_scaler()
+        can_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
         self.ds.step()
-        norm = float(self.ds.get_global_grad_norm())
-        return StepResult(norm, applied=bool(self.ds.was_step_applied()))
+        applied = bool(self.ds.was_step_applied())
+        return StepResult(float(self.ds.get_global_grad_norm()), applied, rescaled=not applied and can_fall)
 
     def _step_replicated(self) -> StepResult:
         parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
@@ -393,7 +400,10 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "gradient_accumulation_steps": gas,
         "train_batch_size": micro * gas * world_size,
         "bf16": {"enabled": precision == "bf16" and stage > 0},
-        "fp16": {"enabled": precision == "fp16"},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "initial_scale_power": run.train.initial_loss_scale.bit_length() - 1,
+        },
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

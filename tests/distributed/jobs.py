@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psutil
@@ -16,7 +16,8 @@ from gpt2dist.data.blocks import local_blocks, split_blocks
 from gpt2dist.model import gpt2
 from gpt2dist.train.checkpoint import newest
 from gpt2dist.train.engine import Engine
-from gpt2dist.train.trainer import Trainer
+from gpt2dist.train.optim import learning_rate
+from gpt2dist.train.trainer import NonFiniteGradients, Trainer
 
 
 def train_runs(runs: list[RunConfig]) -> list[dict[str, Any]]:
@@ -37,25 +38,74 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     return result
 
 
+def poison(engine: Engine, broken: Callable[[], bool]) -> None:
+    """From now on embeddings are NaN on the last rank while `broken()`."""
+    model = next(m for m in engine.ds.module.modules() if isinstance(m, gpt2.GPT2))
+    factor = torch.ones(())
+
+    def multiply(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        bad = engine.rank == engine.world_size - 1 and broken()
+        return output * factor.to(output.dtype).fill_(torch.nan if bad else 1.0)
+
+    model.wte.register_forward_hook(multiply)
+
+
+def drive(run: RunConfig, steps: list[int], broken: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Engine steps with these numbers, tokens depending on the number alone, embeddings NaN in the `broken` ones."""
+    engine = Engine(run, torch.device("cpu"))
+    now = -1
+    poison(engine, lambda: now in broken)
+    losses, results = [], []
+    for now in steps:
+        total = [0.0] * run.batch.micro_batches
+        for slot in range(engine.gas):
+            j = slot * engine.world_size + engine.rank
+            generator = torch.Generator().manual_seed(1000 * now + j)
+            shape = (run.batch.micro_sequences, run.data.seq_len + 1)
+            tokens = torch.randint(0, 50257, shape, generator=generator)
+            torch.manual_seed(j)
+            loss = engine.forward_backward(tokens, padding=j >= len(total))
+            if j < len(total):
+                total[j] = loss.item()
+        losses.append(sum(engine.sum_over_ranks(total)) / len(total))
+        results.append(engine.step(learning_rate(run.optim, now, run.train.steps)))
+    state = hashlib.sha256(b"".join(f.tensor.numpy().tobytes() for f in engine.fragments(owned=True))).hexdigest()
+    scalars = engine.scalars()
+    engine.close()
+    return {
+        "losses": losses,
+        "norms": [r.grad_norm for r in results],
+        "applied": [r.applied for r in results],
+        "state": state,
+        "scalars": scalars,
+    }
+
+
+def drive_all(calls: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """`drive` with each tuple of arguments, one after the other in one process."""
+    return [drive(*call) for call in calls]
+
+
+def train_poisoned(run: RunConfig, first: int) -> str:
+    """Train with NaN embeddings from step `first` on; the message of the exception that ends it."""
+    engine = Engine(run, torch.device("cpu"))
+    trainer = Trainer(run, engine)
+    poison(engine, lambda: trainer.step >= first)
+    trainer.restore()
+    blocks = local_blocks(run, engine.rank, engine.world_size, 0)
+    try:
+        trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, 0))
+    except NonFiniteGradients as e:
+        return str(e)
+    finally:
+        trainer.close()
+        engine.close()
+    return ""
+
+
 def owned_elements(engine: Engine) -> int:
     """Elements of master weights that this rank would save."""
     return sum(f.tensor.numel() for f in engine.fragments(owned=True) if f.kind == "weight")
-
-
-def step_once(run: RunConfig) -> dict[str, Any]:
-    """Two optimizer steps on fixed tokens; the gradient norm and whether the steps were applied."""
-    engine = Engine(run, torch.device("cpu"))
-    results = []
-    for seed in range(2):
-        for slot in range(engine.gas):
-            micro_batch = slot * engine.world_size + engine.rank
-            generator = torch.Generator().manual_seed(1000 * seed + micro_batch)
-            shape = (run.batch.micro_sequences, run.data.seq_len + 1)
-            tokens = torch.randint(0, 50257, shape, generator=generator)
-            engine.forward_backward(tokens, padding=micro_batch >= run.batch.micro_batches)
-        results.append(engine.step(1e-3))
-    engine.close()
-    return {"norms": [r.grad_norm for r in results], "applied": [r.applied for r in results]}
 
 
 def initial_digests(runs: list[RunConfig]) -> list[str]:
