@@ -148,11 +148,14 @@ class OptimSection(Section):
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=6e-5, ge=0)
-    """Learning rate at the end of a cosine schedule."""
+    """Learning rate at the end of the schedule (but for `constant`)."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps of linear warm-up from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up: half a cosine or a line down to min_lr, `wsd` (constant, then a line for
+    `decay_steps`), or constant."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """With `wsd`: length of the decay at the end; by default a tenth of train.steps."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     """Adam's β₁ and β₂."""
     eps: float = Field(default=1e-8, gt=0)
@@ -166,6 +169,8 @@ class OptimSection(Section):
     def _ordered(self) -> OptimSection:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f'decay_steps is of schedule = "wsd" only, not of "{self.schedule}"')
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
         return self
@@ -237,6 +242,11 @@ class RunConfig(Section):
         positions = self.model.n_positions
         if positions is not None and self.data.seq_len > positions:
             raise ValueError(f"data.seq_len = {self.data.seq_len} is longer than model.n_positions = {positions}")
+        warmup, decay, steps = self.optim.warmup_steps, self.optim.decay_steps or 0, self.train.steps
+        if warmup + decay > steps and self.optim.schedule == "wsd":
+            raise ValueError(
+                f"optim.warmup_steps + optim.decay_steps = {warmup + decay} is more than train.steps = {steps}"
+            )
         if self.cluster.workers > self.batch.micro_batches:
             raise ValueError(
                 f"cluster.workers = {self.cluster.workers} is more than batch.micro_batches = "

@@ -23,10 +23,19 @@ def adamw(model: gpt2.GPT2, o: OptimSection) -> torch.optim.AdamW:
 
 
 def learning_rate(o: OptimSection, step: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then constant or a half cosine to min_lr."""
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up to lr, then down to min_lr by step `steps`.
+
+    With u the part of the decay that is done: cosine min + (lr − min)·(1 + cos πu)/2 (Loshchilov & Hutter 2017), linear
+    and wsd min + (lr − min)·(1 − u). The decay of wsd is the last `decay_steps` (Hu et al. 2024), of the others all
+    that follows the warm-up.
+    """
     if step < o.warmup_steps:
         return o.lr * (step + 1) / o.warmup_steps
     if o.schedule == "constant":
         return o.lr
-    progress = (step - o.warmup_steps) / max(1, steps - o.warmup_steps)
-    return o.min_lr + 0.5 * (o.lr - o.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+    start = o.warmup_steps
+    if o.schedule == "wsd":
+        start = max(start, steps - (o.decay_steps or -(-steps // 10)))
+    u = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    left = 0.5 * (1 + math.cos(math.pi * u)) if o.schedule == "cosine" else 1 - u
+    return o.min_lr + (o.lr - o.min_lr) * left
