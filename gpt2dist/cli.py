@@ -261,6 +261,7 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
         "step": newest.index.step if newest else 0,
         "loss": metrics[-1]["loss"] if metrics else None,
         "val_loss": val[-1] if val else None,
+        "skipped": sum("skipped" in m for m in metrics),
         "checkpoint": str(newest.path) if newest else None,
     }
 

@@ -147,6 +147,11 @@ class TrainSection(Section):
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
+    max_skipped: int = Field(default=10, ge=1)
+    """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
+    their samples. In fp16 those that lower the loss scale do not count."""
+    initial_loss_scale: int = Field(default=2**16, ge=1)
+    """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 
@@ -156,6 +161,8 @@ class TrainSection(Section):
             raise ValueError(f"stop_at = {self.stop_at} is after steps = {self.steps}")
         if self.precision == "fp16" and self.zero_stage == 0:
             raise ValueError("precision = fp16 needs zero_stage 1, 2 or 3, which carry the loss scale")
+        if self.initial_loss_scale.bit_count() != 1:
+            raise ValueError(f"initial_loss_scale = {self.initial_loss_scale} is not a power of two")
         return self
 
 
@@ -165,11 +172,14 @@ class OptimSection(Section):
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=6e-5, ge=0)
-    """Learning rate at the end of a cosine schedule."""
+    """Learning rate at the end of the schedule (but for `constant`)."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps of linear warm-up from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up: half a cosine or a line down to min_lr, `wsd` (constant, then a line for
+    `decay_steps`), or constant."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """With `wsd`: length of the decay at the end; by default a tenth of train.steps."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     """Adam's β₁ and β₂."""
     eps: float = Field(default=1e-8, gt=0)
@@ -183,6 +193,8 @@ class OptimSection(Section):
     def _ordered(self) -> OptimSection:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f'decay_steps is of schedule = "wsd" only, not of "{self.schedule}"')
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
         return self
@@ -254,6 +266,11 @@ class RunConfig(Section):
         positions = self.model.n_positions
         if positions is not None and self.data.seq_len > positions:
             raise ValueError(f"data.seq_len = {self.data.seq_len} is longer than model.n_positions = {positions}")
+        warmup, decay, steps = self.optim.warmup_steps, self.optim.decay_steps or 0, self.train.steps
+        if warmup + decay > steps and self.optim.schedule == "wsd":
+            raise ValueError(
+                f"optim.warmup_steps + optim.decay_steps = {warmup + decay} is more than train.steps = {steps}"
+            )
         if self.cluster.workers > self.batch.micro_batches:
             raise ValueError(
                 f"cluster.workers = {self.cluster.workers} is more than batch.micro_batches = "

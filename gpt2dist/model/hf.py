@@ -114,15 +114,6 @@ def read_weights(location: str) -> Weights:
     return read
 
 
-def initial_values(run: RunConfig) -> Weights:
-    """Initial fp32 values of a run's parameters: those of `model.init_from`, else drawn from the seed."""
-    if run.model.init_from:
-        return read_weights(run.model.init_from)
-    config = GPT2Config.from_run(run)
-    shapes = gpt2.parameter_shapes(config)
-    return lambda name: gpt2.initial_value(name, shapes[name], config, run.seed)
-
-
 def check_init(run: RunConfig, source: str) -> None:
     """Raises `UserError` where `model.init_from` cannot be read or has another shape; `source` names the run file."""
     if not run.model.init_from:

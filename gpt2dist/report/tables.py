@@ -114,6 +114,8 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
     rows["steps"] = f"{step:,} of {run.train.steps:,}; this command took {int(seconds) // 60}:{int(seconds) % 60:02d}"
     for epochs in [e.get("epochs", {}) for e in events if e["event"] == "end"][-1:]:
         rows["epochs"] = ", ".join(f"{n:.2f} of {path}" for path, n in epochs.items())
+    if skipped := sum("skipped" in m for m in metrics):
+        rows["skipped steps"] = f"{skipped:,} (gradients not finite)"
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:

@@ -10,10 +10,11 @@ weight, exp_avg or exp_avg_sq. Saving and loading fragments works for every stag
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import cpp_extension
 
 from gpt2dist.config import RunConfig
@@ -43,7 +45,9 @@ class StepResult:
     grad_norm: float
     """2-norm of the global gradient before clipping; inf or nan where the step was skipped."""
     applied: bool
-    """False where non-finite gradients made DeepSpeed skip the update."""
+    """False where the gradients were not finite: weights, moments and Adam's step count are what they were."""
+    rescaled: bool = False
+    """Not applied, but the fp16 loss scale was not at its minimum: it may have been too large."""
 
 
 class _CastForward(nn.Module):
@@ -90,23 +94,27 @@ class Engine:
         # Gradients are averaged over gas × world slots, of which M hold real micro-batches.
         self._weight = self.gas * self.world_size / run.batch.micro_batches
 
-        model = gpt2.build(self.model_config, run.seed).to(device)
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        optimizer = adamw(model, run.optim)
-        cast = self.stage == 0 and run.train.precision != "fp32"
-        wrapped = _CastForward(model, DTYPES[run.train.precision]) if cast else model
         if device.type == "cpu":
             _build_cpu_collectives()
         deepspeed.init_distributed(dist_init_required=False)
+        config = _deepspeed_config(run, self.world_size, self.gas)
+        working = DTYPES[run.train.precision]
+        cast = self.stage == 0 and working != torch.float32
+        model = _zero_model(self.model_config, torch.float32 if cast else working, device, config)
+        self._names = {id(p): name for name, p in model.named_parameters()}
         self.ds: Any = deepspeed.initialize(
-            model=wrapped,
-            optimizer=optimizer,
-            config=_deepspeed_config(run, self.world_size, self.gas),
+            model=_CastForward(model, working) if cast else model,
+            optimizer=adamw(model, run.optim),
+            config=config,
             dist_init_required=False,
         )[0]
         self._zero: Any = self.ds.optimizer
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            scaler.raise_error_at_min_scale = False  # when to give up is the trainer's decision
         self._create_optimizer_state()
-        self._restore_fp32_initial_weights(run.seed)
+        shapes = gpt2.parameter_shapes(self.model_config)
+        self.set_weights(lambda name: gpt2.initial_value(name, shapes[name], self.model_config, run.seed))
 
     # ------------------------------------------------------------------ training
 
@@ -129,9 +137,11 @@ class Engine:
             group["lr"] = lr
         if self.stage == 0:  # DeepSpeed reports no norm here, and would skip nothing
             return self._step_replicated()
+        scaler = self._loss_scaler()
+        can_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
         self.ds.step()
-        norm = float(self.ds.get_global_grad_norm())
-        return StepResult(norm, applied=bool(self.ds.was_step_applied()))
+        applied = bool(self.ds.was_step_applied())
+        return StepResult(float(self.ds.get_global_grad_norm()), applied, rescaled=not applied and can_fall)
 
     def _step_replicated(self) -> StepResult:
         parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
@@ -190,6 +200,16 @@ class Engine:
                 setattr(scaler, key, kind(values[f"loss_scale.{key}"]))
 
     @torch.no_grad()
+    def set_weights(self, value: Callable[[str], Tensor]) -> None:
+        """Set every parameter to `value(name)`, fp32 of its shape; never more than one whole parameter is held."""
+        weights = (f for f in self.fragments(owned=False) if f.kind == "weight")
+        for name, pieces in itertools.groupby(weights, lambda f: f.parameter):
+            whole = value(name).flatten()
+            for f in pieces:
+                f.tensor.copy_(whole[f.start : f.start + f.tensor.numel()])
+        self.state_changed()
+
+    @torch.no_grad()
     def state_changed(self) -> None:
         """Recompute the working weights after fragments were written; a collective."""
         zero = self._zero
@@ -202,8 +222,7 @@ class Engine:
                 zero.fp16_partitioned_groups,
                 strict=True,
             ):
-                if flat16.data_ptr() != flat32.data_ptr():  # one tensor in fp32
-                    flat16.data.copy_(flat32.data)
+                flat16.data.copy_(flat32.data)  # in fp32 they are one tensor
                 for p, view in zip(params, zero.unflatten(flat16, params), strict=True):
                     p.data = view.data
             if zero.persistent_parameters:  # small ones are kept whole on every rank
@@ -262,6 +281,10 @@ class Engine:
 
     def _create_optimizer_state(self) -> None:
         """AdamW makes its state in its first step; a checkpoint has to be loaded before that."""
+        if self.stage == 3:  # in fp32 one tensor is enough; DeepSpeed means to see that, but compares device and name
+            for low, master in zip(self._zero.fp16_partitioned_groups_flat, self._masters(), strict=True):
+                if low.dtype == master.dtype:
+                    master.data = low.data
         state = self._torch_optimizer().state
         for p in self._masters():
             if "exp_avg" not in state[p]:
@@ -272,20 +295,6 @@ class Engine:
                 }
             else:  # stage 3 has made it with an empty step
                 state[p]["step"].zero_()
-
-    @torch.no_grad()
-    def _restore_fp32_initial_weights(self, seed: int) -> None:
-        """DeepSpeed copies its master weights from the 16-bit ones; give them back their fp32 values."""
-        shapes = gpt2.parameter_shapes(self.model_config)
-        cached = ("", torch.empty(0))
-        for f in self.fragments(owned=False):
-            if f.kind != "weight":
-                continue
-            if cached[0] != f.parameter:
-                value = gpt2.initial_value(f.parameter, shapes[f.parameter], self.model_config, seed)
-                cached = (f.parameter, value.flatten())
-            f.tensor.copy_(cached[1][f.start : f.start + f.tensor.numel()])
-        self.state_changed()
 
     def _kinds(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
         state = self._torch_optimizer().state[master]
@@ -332,6 +341,35 @@ class Engine:
                 offset += piece
 
 
+def _zero_model(
+    config: gpt2.GPT2Config, dtype: torch.dtype, device: torch.device, ds_config: dict[str, Any]
+) -> gpt2.GPT2:
+    """The model with parameters of zeros; at stage 3 each is cut into the ranks' pieces before the next is made.
+
+    So no rank holds the weights in fp32 beside those that DeepSpeed needs, nor at stage 3 the whole model.
+    """
+    hook = register_module_parameter_registration_hook(
+        lambda module, name, p: p if p.is_meta else nn.Parameter(p.to("meta"))  # type: ignore[arg-type]
+    )
+    try:
+        model = gpt2.GPT2(config)
+    finally:
+        hook.remove()
+    partition = ds_config["zero_optimization"]["stage"] == 3
+    zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config) if partition else None
+    made: dict[int, nn.Parameter] = {}
+    for p in model.parameters():
+        made[id(p)] = nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device))
+        if zero is not None:
+            zero._convert_to_zero_parameters([made[id(p)]])
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            module._parameters[name] = made[id(p)]
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)
+    return model
+
+
 _SCALER_STATE = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
 
 
@@ -362,7 +400,10 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "gradient_accumulation_steps": gas,
         "train_batch_size": micro * gas * world_size,
         "bf16": {"enabled": precision == "bf16" and stage > 0},
-        "fp16": {"enabled": precision == "fp16"},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "initial_scale_power": run.train.initial_loss_scale.bit_length() - 1,
+        },
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

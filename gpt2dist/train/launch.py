@@ -133,6 +133,9 @@ class TrainJob:
             raise TrainingFailed(str(self._error.controller_failure)) from self._error
         if self._error is not None:
             raise TrainingFailed(f"{type(self._error).__name__}: {self._error}") from self._error
+        last = rundir.events_log(self.run.run_dir).read()[-1]
+        if last["event"] == "non_finite":
+            raise TrainingFailed(last["cause"])
 
     def _fit(self) -> None:
         scratch = location(self.run.run_dir) / "ray"

@@ -18,8 +18,8 @@ from upath import UPath
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import Ids, SampleOrder, eval_ids
-from gpt2dist.model import gpt2
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids
+from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import exists, is_local, location, remove_tree
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
@@ -35,6 +35,10 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of a micro-batch's dropout masks; independent of the rank that runs it."""
     digest = hashlib.sha256(f"dropout/{seed}/{step}/{micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+class NonFiniteGradients(Exception):
+    """`train.max_skipped` steps in a row had gradients that are not finite; the message names them."""
 
 
 class Trainer:
@@ -54,6 +58,7 @@ class Trainer:
         self.saved_step = -1
         self.saved_time = time.monotonic()
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
+        self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
         self.peak = peak_flops(run, engine.device) * self.world_size
         self.step_flops = gpt2.flops_per_token(engine.model_config, run.data.seq_len) * self.step_tokens
 
@@ -65,7 +70,11 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def train(self, batches: Iterator[StepBatch]) -> None:
-        """Train up to `stop_step`, evaluating and saving as the run file says; always ends saved."""
+        """Train up to `stop_step`, evaluating and saving as the run file says; ends saved.
+
+        Raises:
+            NonFiniteGradients: in too many steps in a row.
+        """
         run = self.run
         if self.step == 0 and run.eval.every_steps:
             self._event("eval", step=0, val_loss=self.evaluate())
@@ -78,12 +87,14 @@ class Trainer:
             self._log(metrics)
             if "val_loss" in metrics:
                 self.metrics.flush()
+            self._stop_if_not_finite()
             every = run.checkpoint.every_steps
             if last or stop or save or (every and self.step % every == 0):
                 self.save()
             if stop:
                 break
-        self._event("end", step=self.step, finished=self.step == run.train.steps, epochs=self._epochs())
+        end = {"finished": self.step == run.train.steps, "epochs": self._epochs(), "skipped": self._count_skipped()}
+        self._event("end", step=self.step, **end)
 
     def close(self) -> None:
         """Write the metrics that wait, also after a failure."""
@@ -110,8 +121,12 @@ class Trainer:
             "data_wait_s": data_wait,
             "step_s": seconds,
         }
-        if not result.applied:
+        if result.applied:
+            self.skipped.clear()
+        else:
             metrics["skipped"] = True
+            if not result.rescaled:
+                self.skipped[self.step] = batch.ids
         self.uncommitted.append(batch.ids)
         self.step += 1
         return metrics, stop > 0, save > 0
@@ -168,6 +183,9 @@ class Trainer:
             if before != now:
                 self._event("data_changed", step=step, before=before, now=now)
             break
+        else:
+            if self.run.model.init_from:
+                self.engine.set_weights(hf.read_weights(self.run.model.init_from))
         self._open_attempt()
 
     def save(self) -> None:
@@ -246,6 +264,27 @@ class Trainer:
         """How often each data set has been gone through."""
         epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
+
+    def _stop_if_not_finite(self) -> None:
+        if len(self.skipped) < self.run.train.max_skipped:
+            return
+        ids = self.engine.gather_rows(torch.from_numpy(np.stack(list(self.skipped.values())))).numpy()
+        samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
+        steps = list(self.skipped)
+        first = ", ".join(map(str, samples[-1][:8])) + (", …" if len(samples[-1]) > 8 else "")
+        cause = (
+            f"gradients were not finite in {len(steps)} steps in a row, the last being step {steps[-1]} on samples "
+            f"{first} (all of them are in events.jsonl)"
+        )
+        self._event("non_finite", steps=steps, samples=samples, cause=cause)
+        raise NonFiniteGradients(cause)
+
+    def _count_skipped(self) -> int:
+        """Skipped steps of the whole run; rank 0 only."""
+        if self.rank:
+            return 0
+        self.metrics.flush()
+        return sum("skipped" in line for line in self.metrics.read())
 
     def _wants_stop(self) -> float:
         now = time.monotonic()

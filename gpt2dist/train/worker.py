@@ -54,7 +54,7 @@ def root_cause(error: BaseException) -> BaseException:
 def _train(run: RunConfig) -> None:
     # Here, because the driver imports this module too, and DeepSpeed looks for devices when it is imported.
     from gpt2dist.train.engine import Engine
-    from gpt2dist.train.trainer import Trainer
+    from gpt2dist.train.trainer import NonFiniteGradients, Trainer
 
     engine = Engine(run, ray.train.torch.get_device())
     with contextlib.closing(engine):
@@ -62,4 +62,6 @@ def _train(run: RunConfig) -> None:
         with contextlib.closing(trainer):
             trainer.restore()
             shard = ray.train.get_dataset_shard(DATASET)
-            trainer.train(step_batches(shard, run, engine.rank, engine.world_size, trainer.step))
+            # A restart would only meet the same samples again; the driver finds the event.
+            with contextlib.suppress(NonFiniteGradients):
+                trainer.train(step_batches(shard, run, engine.rank, engine.world_size, trainer.step))

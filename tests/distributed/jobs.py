@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import resource
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import psutil
 import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import local_blocks, split_blocks
+from gpt2dist.model import gpt2
 from gpt2dist.train.checkpoint import newest
 from gpt2dist.train.engine import Engine
-from gpt2dist.train.trainer import Trainer
+from gpt2dist.train.optim import learning_rate
+from gpt2dist.train.trainer import NonFiniteGradients, Trainer
 
 
 def train_runs(runs: list[RunConfig]) -> list[dict[str, Any]]:
@@ -32,37 +38,109 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     return result
 
 
+def poison(engine: Engine, broken: Callable[[], bool]) -> None:
+    """From now on embeddings are NaN on the last rank while `broken()`."""
+    model = next(m for m in engine.ds.module.modules() if isinstance(m, gpt2.GPT2))
+    factor = torch.ones(())
+
+    def multiply(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        bad = engine.rank == engine.world_size - 1 and broken()
+        return output * factor.to(output.dtype).fill_(torch.nan if bad else 1.0)
+
+    model.wte.register_forward_hook(multiply)
+
+
+def drive(run: RunConfig, steps: list[int], broken: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Engine steps with these numbers, tokens depending on the number alone, embeddings NaN in the `broken` ones."""
+    engine = Engine(run, torch.device("cpu"))
+    now = -1
+    poison(engine, lambda: now in broken)
+    losses, results = [], []
+    for now in steps:
+        total = [0.0] * run.batch.micro_batches
+        for slot in range(engine.gas):
+            j = slot * engine.world_size + engine.rank
+            generator = torch.Generator().manual_seed(1000 * now + j)
+            shape = (run.batch.micro_sequences, run.data.seq_len + 1)
+            tokens = torch.randint(0, 50257, shape, generator=generator)
+            torch.manual_seed(j)
+            loss = engine.forward_backward(tokens, padding=j >= len(total))
+            if j < len(total):
+                total[j] = loss.item()
+        losses.append(sum(engine.sum_over_ranks(total)) / len(total))
+        results.append(engine.step(learning_rate(run.optim, now, run.train.steps)))
+    state = hashlib.sha256(b"".join(f.tensor.numpy().tobytes() for f in engine.fragments(owned=True))).hexdigest()
+    scalars = engine.scalars()
+    engine.close()
+    return {
+        "losses": losses,
+        "norms": [r.grad_norm for r in results],
+        "applied": [r.applied for r in results],
+        "state": state,
+        "scalars": scalars,
+    }
+
+
+def drive_all(calls: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """`drive` with each tuple of arguments, one after the other in one process."""
+    return [drive(*call) for call in calls]
+
+
+def train_poisoned(run: RunConfig, first: int) -> str:
+    """Train with NaN embeddings from step `first` on; the message of the exception that ends it."""
+    engine = Engine(run, torch.device("cpu"))
+    trainer = Trainer(run, engine)
+    poison(engine, lambda: trainer.step >= first)
+    trainer.restore()
+    blocks = local_blocks(run, engine.rank, engine.world_size, 0)
+    try:
+        trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, 0))
+    except NonFiniteGradients as e:
+        return str(e)
+    finally:
+        trainer.close()
+        engine.close()
+    return ""
+
+
 def owned_elements(engine: Engine) -> int:
     """Elements of master weights that this rank would save."""
     return sum(f.tensor.numel() for f in engine.fragments(owned=True) if f.kind == "weight")
 
 
-def step_once(run: RunConfig) -> dict[str, Any]:
-    """Two optimizer steps on fixed tokens; the gradient norm and whether the steps were applied."""
-    engine = Engine(run, torch.device("cpu"))
-    results = []
-    for seed in range(2):
-        for slot in range(engine.gas):
-            micro_batch = slot * engine.world_size + engine.rank
-            generator = torch.Generator().manual_seed(1000 * seed + micro_batch)
-            shape = (run.batch.micro_sequences, run.data.seq_len + 1)
-            tokens = torch.randint(0, 50257, shape, generator=generator)
-            engine.forward_backward(tokens, padding=micro_batch >= run.batch.micro_batches)
-        results.append(engine.step(1e-3))
-    engine.close()
-    return {"norms": [r.grad_norm for r in results], "applied": [r.applied for r in results]}
+def initial_digests(runs: list[RunConfig]) -> list[str]:
+    """For each run one sha256 over the initial fp32 weights, put together from all ranks' fragments."""
+    return [_initial_digest(run) for run in runs]
 
 
-def initial_digest(run: RunConfig) -> list[tuple[str, int, str]]:
-    """This rank's pieces of the initial master weights, hashed."""
+def _initial_digest(run: RunConfig) -> str:
     engine = Engine(run, torch.device("cpu"))
-    pieces = [
-        (f.parameter, f.start, hashlib.sha256(f.tensor.numpy().tobytes()).hexdigest())
-        for f in engine.fragments(owned=True)
-        if f.kind == "weight"
+    mine = [
+        (f.parameter, f.start, f.tensor.numpy().tobytes()) for f in engine.fragments(owned=True) if f.kind == "weight"
     ]
+    pieces = sorted(piece for part in engine.gather_objects(mine) for piece in part)
     engine.close()
-    return pieces
+    return weights_digest((name, content) for name, _, content in pieces)
+
+
+def weights_digest(pieces: Iterable[tuple[str, bytes]]) -> str:
+    """sha256 of (parameter, content) pairs; a parameter may come in several consecutive ones."""
+    digest = hashlib.sha256()
+    for name, group in itertools.groupby(pieces, lambda piece: piece[0]):
+        digest.update(name.encode())
+        for _, content in group:
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def startup_peak(run: RunConfig) -> int:
+    """Bytes that this process needed at its peak to build the engine, beside what importing took."""
+    gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run))  # torch imports much for its first tensor without storage
+    before = psutil.Process().memory_info().rss
+    engine = Engine(run, torch.device("cpu"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    engine.close()
+    return peak - before
 
 
 def committed_step(run: RunConfig) -> int:

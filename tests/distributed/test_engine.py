@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -150,17 +149,26 @@ def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callabl
 
 
 @pytest.mark.timeout(240)
-def test_initial_weights_are_the_seeds_alone(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
-    """Whole parameters on one rank hash the same at every stage, and equal the reference model's values."""
-    data = make_data([3000])
-    run = variants(data, tmp_path, "bf16", (2,))[0]
-    reference = gpt2.build(gpt2.GPT2Config.from_run(run), run.seed).state_dict()
-    for stage in (0, 1, 2, 3):
-        (pieces,) = ranks(jobs.initial_digest, 1, variants(data, tmp_path, "bf16", (stage,), cluster__workers=1)[0])
-        assert {name for name, _, _ in pieces} == {n for n in reference if n != "head.weight"}
-        for name, start, digest in pieces:
-            assert start == 0
-            assert digest == hashlib.sha256(reference[name].numpy().tobytes()).hexdigest(), (stage, name)
+def test_initial_weights_are_the_seeds_alone(ranks: Ranks, tmp_path: Path) -> None:
+    """One sha256 at every stage, precision and world size: that of the reference model."""
+    runs = variants("", tmp_path, "bf16", (0, 1, 2, 3)) + variants("", tmp_path, "fp32", (2, 3))
+    model = gpt2.build(gpt2.GPT2Config.from_run(runs[0]), runs[0].seed)
+    weights = sorted((name, p.detach().numpy().tobytes()) for name, p in model.named_parameters())
+    for world_size in (1, 2, 3):
+        for digests in ranks(jobs.initial_digests, world_size, runs):
+            assert digests == [jobs.weights_digest(weights)] * len(runs), world_size
+
+
+@pytest.mark.timeout(240)
+def test_no_rank_of_stage_3_ever_holds_the_whole_model(ranks: Ranks, tmp_path: Path) -> None:
+    """Peak memory of the start with 101 M parameters in fp32 and two ranks.
+
+    Bytes a parameter at stage 2: weights 4, half of master weights and moments 6; at stage 3 half of 16. Both need
+    some more for a moment, stage 2 another 4 to gather the weights. Measured: 0.69 to 0.78.
+    """
+    shape = {"model__n_layer": 24, "model__n_embd": 512, "model__n_head": 8}
+    peaks = [max(ranks(jobs.startup_peak, 2, run)) for run in variants("", tmp_path, "fp32", (2, 3), **shape)]
+    assert peaks[1] < 0.85 * peaks[0], peaks
 
 
 @pytest.mark.timeout(120)

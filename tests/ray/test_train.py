@@ -206,6 +206,24 @@ def test_failure_names_the_cause(make_data: Callable[..., str], gpt2dist: Run, t
 
 
 @pytest.mark.timeout(240)
+def test_diverged_run_stops_once_and_names_the_samples(
+    make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
+) -> None:
+    """A learning rate of 1e30 makes all later gradients NaN; no restart can help."""
+    changes = {"optim__lr": 1e30, "optim__warmup_steps": 0, "train__max_skipped": 3, "eval__every_steps": 0}
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), **changes)
+    write(run, tmp_path)
+    done = gpt2dist("train", f"{run.name}.toml")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: training failed: gradients were not finite in 3 steps in a row, the last being step "
+    )
+    assert len(events(run, "start")) == 1
+    assert events(run, "non_finite")[0]["steps"] == [1, 2, 3]
+
+
+@pytest.mark.timeout(240)
 def test_three_nodes_train_to_the_losses_of_one(
     ranks: Callable[..., list[Any]], make_data: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

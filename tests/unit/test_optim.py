@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from math import cos, pi
+from typing import Any
+
 import pytest
 
 from gpt2dist.config import OptimSection
@@ -16,8 +19,27 @@ def test_warmup_and_cosine() -> None:
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    constant = OptimSection(lr=1.0, warmup_steps=2, schedule="constant")
-    assert [learning_rate(constant, s, 50) for s in (0, 1, 2, 49)] == [0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),  # step → rate, of 110 steps after 10 of warm-up
+    [
+        (
+            {"schedule": "cosine"},
+            {10: 1.0, 35: 0.55 + 0.45 * 0.5**0.5, 60: 0.55, 109: 0.1 + 0.45 * (1 - cos(pi / 100))},
+        ),
+        ({"schedule": "linear"}, {10: 1.0, 35: 0.775, 60: 0.55, 109: 0.1 + 0.9 / 100}),
+        ({"schedule": "wsd", "decay_steps": 20}, {10: 1.0, 60: 1.0, 90: 1.0, 100: 0.55, 109: 0.1 + 0.9 / 20}),
+        ({"schedule": "wsd"}, {10: 1.0, 99: 1.0, 100: 1.0 - 0.9 / 11, 109: 0.1 + 0.9 / 11}),
+        ({"schedule": "constant"}, {10: 1.0, 60: 1.0, 109: 1.0}),
+    ],
+)
+def test_schedules_follow_their_formulas(changes: dict[str, Any], expected: dict[int, float]) -> None:
+    o = OptimSection(lr=1.0, min_lr=0.1, warmup_steps=10, **changes)
+    for step, rate in {0: 0.1, 4: 0.5, 9: 1.0, **expected}.items():
+        assert learning_rate(o, step, 110) == pytest.approx(rate), step
+    for step in (110, 1000):
+        assert learning_rate(o, step, 110) == pytest.approx(1.0 if o.schedule == "constant" else 0.1)
 
 
 def test_only_matrices_decay() -> None:
