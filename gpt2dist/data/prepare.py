@@ -8,6 +8,7 @@ The manifest is written last: without it there is no data set.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
+from upath import UPath
 
 from gpt2dist.config import PrepareSection, RunConfig, UserError
 from gpt2dist.data import chunk, dedup, readers, sources, tokenizer
@@ -40,6 +42,10 @@ from gpt2dist.storage import (
 )
 
 QUARANTINE = "quarantine.jsonl"
+DEATHS = ".deaths"
+"""Suffix of a file in parts/: see `_deaths_counted`."""
+MAX_DEATHS = 3
+"""Of the process of one task."""
 Rows = list[dict[str, Any]]
 Execute = Callable[[Callable[..., dict[str, Any]], Rows, PrepareSection], Iterable[dict[str, Any]]]
 """Runs function(row, prepare) for each row, in any order."""
@@ -137,6 +143,9 @@ def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
     text = json.dumps({k: v for k, v in request.items() if k != "on_bad_record"}, sort_keys=True).encode()
     path = location(p.output) / PARTS / "request.json"
     if exists(path) and read_bytes(path) == text:
+        for old in children(path.parent):
+            if old.suffix == DEATHS:
+                remove(old)
         return
     remove_tree(path.parent)
     for old in children(location(p.output)):
@@ -168,14 +177,32 @@ def _advance(state: Progress, part: Part, size: int) -> Progress:
 
 def _tokenize(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
     """A Ray task; errors travel as text, to end as one line."""
+    pieces = sources.from_json(row["pieces"])
     try:
-        part = chunk.tokenize_chunk(row["index"], sources.from_json(row["pieces"]), p)
+        with _deaths_counted(location(p.output) / PARTS / f"{row['index']:05d}{DEATHS}", pieces):
+            part = chunk.tokenize_chunk(row["index"], pieces, p)
     except BadRecordFound as e:
         where = {"piece": e.piece, "line": e.record.line, "reason": e.record.reason, "detail": e.record.detail}
         return {"index": row["index"], "part": "", "bad": json.dumps(where), "error": ""}
     except (readers.CannotRead, OSError, UserError) as e:
         return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
     return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
+
+
+@contextlib.contextmanager
+def _deaths_counted(path: UPath, pieces: list[Piece]) -> Iterator[None]:
+    """Ray starts a task again for ever if its process dies: `path` holds a byte for each start that came to no end."""
+    died = len(read_bytes(path)) if exists(path) else 0
+    if died >= MAX_DEATHS:
+        remove(path)
+        first, last = (sources.without_secrets(piece.path) for piece in (pieces[0], pieces[-1]))
+        what = f"{first} (byte {pieces[0].start:,}) to {last} (byte {pieces[-1].stop:,})"
+        raise UserError(f"{what}: the process that read this died {died} times; out of memory? See prepare.log")
+    publish(path, b"x" * (died + 1))
+    try:
+        yield
+    finally:
+        remove(path)
 
 
 def _part_of(row: dict[str, Any], chunks: list[list[Piece]]) -> Part:

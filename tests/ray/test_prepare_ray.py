@@ -123,6 +123,31 @@ def test_two_preparations_in_one_directory(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-m", "gpt2dist", "data", "verify", "out"], cwd=tmp_path).returncode == 0
 
 
+def test_a_task_whose_process_always_dies_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """As when memory does not suffice for a document: Ray itself would try for ever."""
+    make_corpus(tmp_path, megabytes=30, shard_mb=64)
+    process = start(tmp_path, "out", 1)
+    deaths = tmp_path / "out/parts/00000.deaths"
+    try:
+        for n in range(1, 4):
+            wait_until(lambda n=n: deaths.exists() and deaths.stat().st_size == n, process)
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "ray::Map" in " ".join(child.cmdline()):
+                        child.kill()
+        _, err = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert line.startswith("error: prepare: ")
+    assert "corpus/a.jsonl (byte 0) to " in line
+    assert "corpus/c.jsonl.gz (byte " in line
+    assert "the process that read this died 3 times" in line
+    finish(start(tmp_path, "out", 1))  # the next preparation counts from zero
+
+
 def test_a_bad_record_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     make_corpus(tmp_path, megabytes=0.1, shard_mb=64)
     command = [sys.executable, "-m", "gpt2dist", "prepare", "run.toml", "--set", "prepare.on_bad_record=fail"]
