@@ -138,6 +138,11 @@ class TrainSection(Section):
             raise ValueError(f"stop_at = {self.stop_at} is after steps = {self.steps}")
         if self.precision == "fp16" and self.zero_stage == 0:
             raise ValueError("precision = fp16 needs zero_stage 1, 2 or 3, which carry the loss scale")
+        if self.activation_checkpointing and self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "activation_checkpointing in bf16 needs zero_stage 1, 2 or 3: at stage 0 the bf16 weights are gone "
+                "when backward computes the blocks again"
+            )
         return self
 
 

@@ -44,6 +44,10 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"cluster__workers": 5}, "cluster.workers = 5 is more than batch.micro_batches = 4"),
         ({"train__stop_at": 100}, "train: stop_at = 100 is after steps = 12"),
         ({"train__precision": "fp16", "train__zero_stage": 0}, "train: precision = fp16 needs zero_stage 1, 2 or 3"),
+        (
+            {"train": {"precision": "bf16", "zero_stage": 0, "activation_checkpointing": True}},
+            "train: activation_checkpointing in bf16 needs zero_stage 1, 2 or 3",
+        ),
         ({"model__n_positions": 8}, "data.seq_len = 16 is longer than model.n_positions = 8"),
         ({"name": "../x"}, "name: use letters, digits"),
     ],
