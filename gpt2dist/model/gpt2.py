@@ -216,6 +216,11 @@ class GPT2(nn.Module):
         With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1;
         a row of it is one document.
         """
+        out: Tensor = self.head(self.hidden(ids, cache))
+        return out
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head sees, [B, T, n_embd]; see `logits`."""
         mask = None
         if cache is not None:
             positions, mask = cache.place(ids.shape[1])
@@ -229,9 +234,7 @@ class GPT2(nn.Module):
                 x = checkpoint(block, x, mask, use_reentrant=False)  # with the same dropout: it restores the RNG
             else:
                 x = block(x, mask, cache and cache.layers[i])
-        if cache is not None:
-            x = x[:, -1:]
-        out: Tensor = self.head(self.ln_f(x))
+        out: Tensor = self.ln_f(x if cache is None else x[:, -1:])
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:
