@@ -163,6 +163,11 @@ class TrainSection(Section):
             raise ValueError("precision = fp16 needs zero_stage 1, 2 or 3, which carry the loss scale")
         if self.initial_loss_scale.bit_count() != 1:
             raise ValueError(f"initial_loss_scale = {self.initial_loss_scale} is not a power of two")
+        if self.activation_checkpointing and self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "activation_checkpointing in bf16 needs zero_stage 1, 2 or 3: at stage 0 the bf16 weights are gone "
+                "when backward computes the blocks again"
+            )
         return self
 
 

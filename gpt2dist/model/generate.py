@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import tiktoken
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2dist.data.tokenizer import EOT
-from gpt2dist.model.gpt2 import GPT2, KVCache
+from gpt2dist.model.gpt2 import GPT2, Head, KVCache
 
 TOP_P_GUESS = 256
 """Tokens among which the likeliest top_p of the probability are first looked for."""
@@ -35,6 +35,24 @@ class Sampling:
     """A text ends before the first of these token ids."""
 
 
+class PackedHead(nn.Module):
+    """The head on the CPU in fp32, its table laid out once for products with `rows` rows.
+
+    Few rows against a large table: torch's own product spends most of its time on that layout, in every call.
+    """
+
+    def __init__(self, head: Head, rows: int) -> None:
+        super().__init__()
+        self.head, self.rows = head, rows
+        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(head.weight.detach(), rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [rows, 1, n_embd]; result: [rows, 1, padded vocabulary]."""
+        weight, bias = self.head.weight, self.head.padding
+        out: Tensor = torch.ops.mkl._mkl_linear(x.contiguous(), self.packed, weight, bias, self.rows)
+        return out
+
+
 class Generation:
     """Continuations of a batch of prompts, token by token.
 
@@ -53,7 +71,10 @@ class Generation:
             prompts = [p[start:] for p, start in zip(prompts, starts, strict=True)]
         self.model, self.sampling = model, s
         self.done = [False] * len(prompts)
-        device = model.wte.weight.device
+        weight = model.wte.weight
+        device = weight.device
+        packs = device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        self._head = PackedHead(model.head, len(prompts)) if packs and len(prompts) > 1 else model.head
         self._width = max(map(len, prompts))
         self._padding = torch.tensor([self._width - len(p) for p in prompts], device=device)
         self._ids = torch.zeros(len(prompts), self._width + s.max_tokens, dtype=torch.int64, device=device)
@@ -74,10 +95,10 @@ class Generation:
             start = max(0, end - positions)
             if stale or start:
                 cache = KVCache(model.config, capacity, (self._padding - start).clamp(min=0), model.wte.weight)
-                logits = model.logits(ids[:, start:end], cache)
+                x = model.hidden(ids[:, start:end], cache)
             else:
-                logits = model.logits(ids[:, end - 1 : end], cache)
-            tokens = choose(logits[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
+                x = model.hidden(ids[:, end - 1 : end], cache)
+            tokens = choose(self._head(x)[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
             ids[:, end] = tokens
             drawn = [(row, token) for row, token in enumerate(tokens.tolist()) if not self.done[row]]
             restarted = [row for row, _ in drawn if model.config.document_mask and last[row] == EOT]

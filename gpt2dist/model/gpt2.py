@@ -223,12 +223,11 @@ class GPT2(nn.Module):
         With a cache, `ids` go on where it ends, they enter it, and only what follows the last one is computed: T = 1;
         a row of it is one document.
         """
-        x = self._hidden(ids, cache)
-        out: Tensor = self.head(x if cache is None else x[:, -1:])
+        out: Tensor = self.head(self.hidden(ids, cache))
         return out
 
-    def _hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head sees of each token: [B, T, n_embd]."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head sees, [B, T, n_embd]; see `logits`."""
         mask = None
         if cache is not None:
             positions, mask = cache.place(ids.shape[1])
@@ -242,7 +241,7 @@ class GPT2(nn.Module):
                 x = checkpoint(block, x, mask, use_reentrant=False)  # with the same dropout: it restores the RNG
             else:
                 x = block(x, mask, cache and cache.layers[i])
-        out: Tensor = self.ln_f(x)
+        out: Tensor = self.ln_f(x if cache is None else x[:, -1:])
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -250,7 +249,7 @@ class GPT2(nn.Module):
 
         tokens: int64 [B, T+1]; result: scalar fp32, −1/(B·T) Σ log P(w_i | w_<i).
         """
-        loss: Tensor = self.head(self._hidden(tokens[:, :-1]), tokens[:, 1:])
+        loss: Tensor = self.head(self.hidden(tokens[:, :-1]), tokens[:, 1:])
         return loss
 
 

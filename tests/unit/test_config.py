@@ -50,6 +50,10 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
             {"optim__schedule": "wsd", "optim__decay_steps": 9},
             "optim.warmup_steps + optim.decay_steps = 13 is more than train.steps = 12",
         ),
+        (
+            {"train": {"precision": "bf16", "zero_stage": 0, "activation_checkpointing": True}},
+            "train: activation_checkpointing in bf16 needs zero_stage 1, 2 or 3",
+        ),
         ({"model__n_positions": 8}, "data.seq_len = 16 is longer than model.n_positions = 8"),
         ({"name": "../x"}, "name: use letters, digits"),
     ],

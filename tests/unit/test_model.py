@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,14 @@ def transformers_twin(model: GPT2) -> GPT2LMHeadModel:
     """transformers' GPT-2 with the same weights."""
     c = model.config
     config = HFConfig(
-        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head
+        vocab_size=c.vocab_size,
+        n_positions=c.n_positions,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        attn_pdrop=c.dropout,
+        embd_pdrop=c.dropout,
+        resid_pdrop=c.dropout,
     )
     twin = GPT2LMHeadModel(config).eval()
     state = {}
@@ -41,9 +49,9 @@ def transformers_twin(model: GPT2) -> GPT2LMHeadModel:
     return twin
 
 
-def random_model(seed: int = 0) -> GPT2:
+def random_model(seed: int = 0, config: GPT2Config = CONFIG) -> GPT2:
     """Random everything, biases and LayerNorm too."""
-    model = build(CONFIG, seed).eval()
+    model = build(config, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -51,15 +59,47 @@ def random_model(seed: int = 0) -> GPT2:
     return model
 
 
-def test_logits_loss_and_gradients_equal_transformers() -> None:
-    model = random_model()
+def their_documents(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What transformers needs to be told for packed documents: positions and an additive mask, token by token."""
+    B, T = ids.shape
+    positions, mask = torch.zeros_like(ids), torch.full((B, 1, T, T), torch.finfo(torch.float32).min)
+    for row in range(B):
+        start = 0
+        for t in range(T):
+            start = t if t and ids[row, t - 1] == EOT else start
+            positions[row, t] = t - start
+            mask[row, 0, t, start : t + 1] = 0
+    return {"position_ids": positions, "attention_mask": mask}
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"n_head": 1},
+    {"n_layer": 1, "n_head": 12, "n_positions": 50},
+    {"dropout": 0.3},
+    {"activation_checkpointing": True},
+    {"activation_checkpointing": True, "dropout": 0.3},
+    {"document_mask": True},
+    {"document_mask": True, "activation_checkpointing": True, "dropout": 0.3},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "+".join(s) or "plain")
+def test_logits_loss_and_gradients_equal_transformers(switches: dict[str, Any]) -> None:
+    model = random_model(config=replace(CONFIG, **switches))
     twin = transformers_twin(model)
     tokens = torch.randint(0, CONFIG.vocab_size, (3, 33), generator=torch.Generator().manual_seed(1))
-    ours = model.logits(tokens[:, :-1])
-    theirs = twin(tokens[:, :-1]).logits
+    tokens[0, [0, 9, 10, 31]] = tokens[1, 17] = EOT
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].reshape(-1)
+    extra = their_documents(inputs) if model.config.document_mask else {}
+    ours, theirs = model.logits(inputs), twin(inputs, **extra).logits
     assert (ours[..., : CONFIG.vocab_size] - theirs).abs().max() <= 1e-4
+    model.train()
+    twin.train()
+    torch.manual_seed(7)  # both draw the same masks, in the same order
     loss = model(tokens)
-    labels = tokens[:, 1:].reshape(-1)
+    torch.manual_seed(7)
+    theirs = twin(inputs, **extra).logits
     reference = torch.nn.functional.cross_entropy(theirs.reshape(-1, CONFIG.vocab_size), labels)
     assert abs(loss.item() - reference.item()) <= 1e-5
     loss.backward()
@@ -70,6 +110,23 @@ def test_logits_loss_and_gradients_equal_transformers() -> None:
         expected = expected.T if name.endswith(TRANSPOSED) else expected
         got = p.grad[: CONFIG.vocab_size] if name == "wte.weight" else p.grad
         assert (got - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_twenty_steps_equal_transformers() -> None:
+    model = build(CONFIG, 0)
+    twin = transformers_twin(model).train()
+    for m in (model, twin):
+        m.optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    for step in range(20):
+        tokens = torch.randint(0, 500, (4, 33), generator=torch.Generator().manual_seed(step))
+        theirs = twin(tokens[:, :-1]).logits.reshape(-1, CONFIG.vocab_size)
+        losses = [model(tokens), torch.nn.functional.cross_entropy(theirs, tokens[:, 1:].reshape(-1))]
+        assert abs(losses[0].item() - losses[1].item()) <= 1e-5, step
+        for m, loss in zip((model, twin), losses, strict=True):
+            m.optimizer.zero_grad()
+            loss.backward()
+            m.optimizer.step()
+    assert losses[0] < 10.2  # from 10.8: it has learned that only 500 of 50257 tokens occur
 
 
 def test_padded_vocabulary_is_inert() -> None:
