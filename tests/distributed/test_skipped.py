@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
-from gpt2dist.data.shards import read_manifest
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
 from tests.distributed import jobs
@@ -73,7 +73,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_samples(
     event = rundir.events_log(run.run_dir).read()[-1]
     assert event["event"] == "non_finite"
     assert event["steps"] == steps
-    order = SampleOrder(run, read_manifest(run.data_path))
+    order = SampleOrder(run, Mixture.open(run))
     assert event["samples"] == [sorted(order.step(s).reshape(-1).tolist()) for s in steps]
     lines = rundir.metrics_log(run.run_dir).read()
     assert [line["step"] for line in lines if line.get("skipped")] == list(range(5, steps[-1] + 1))

@@ -67,7 +67,7 @@ def test_token_files_train_to_the_losses_of_the_texts(
         changes = {f"prepare__{key}": value for key, value in prepare.items()}
         runs[name] = tiny_run(name=name, storage=str(tmp_path), cluster__workers=1, **changes)
         run_prepare(runs[name])
-        assert read_manifest(runs[name].data_path).documents == {"read": 153, "kept": 153, "skipped": 0}
+        assert read_manifest(runs[name].prepare.output).documents == {"read": 153, "kept": 153, "skipped": 0}
         if name == "text":  # without Ray
             ranks(jobs.train_runs, 1, [runs[name]])
             continue
