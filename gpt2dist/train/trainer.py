@@ -7,8 +7,10 @@ learning rate, each micro-batch's dropout seed. No Ray here; a stream of batches
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,8 +78,11 @@ class Trainer:
             NonFiniteGradients: in too many steps in a row.
         """
         run = self.run
-        if self.step == 0 and run.eval.every_steps:
-            self._event("eval", step=0, val_loss=self.evaluate())
+        with ThreadPoolExecutor(1) as reader:  # the stream starts up while the validation loss is computed
+            first = reader.submit(lambda: list(itertools.islice(batches, 1)))
+            if self.step == 0 and run.eval.every_steps:
+                self._event("eval", step=0, val_loss=self.evaluate())
+            batches = itertools.chain(first.result(), batches)
         while self.step < run.stop_step:
             metrics, stop, save = self.train_step(batches)
             last = self.step == run.stop_step
