@@ -147,6 +147,16 @@ class TrainSection(Section):
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
+    bucket_mb: float = Field(default=100.0, ge=0.1)
+    """Gradients are reduced, and at stage 3 weights gathered ahead, in pieces of this many MB (10^6 bytes of fp32)."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on; takes a second bucket."""
+    offload_optimizer: bool = False
+    """Keep master weights and Adam moments in host memory, and update them there; changes nothing on CPU workers."""
+    offload_param: bool = False
+    """Keep the weights in host memory while they are not used; changes nothing on CPU workers."""
+    compile: bool = False
+    """torch.compile each block. Same losses to rounding, but other dropout masks; CPU workers need a C++ compiler."""
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""
@@ -161,6 +171,14 @@ class TrainSection(Section):
             raise ValueError(f"stop_at = {self.stop_at} is after steps = {self.steps}")
         if self.precision == "fp16" and self.zero_stage == 0:
             raise ValueError("precision = fp16 needs zero_stage 1, 2 or 3, which carry the loss scale")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer needs zero_stage 1, 2 or 3: at 0 the optimizer is torch's, on the device"
+            )
+        if self.offload_param and self.zero_stage != 3:
+            raise ValueError(
+                "offload_param needs zero_stage 3: below, every worker uses its whole weights all the time"
+            )
         if self.initial_loss_scale.bit_count() != 1:
             raise ValueError(f"initial_loss_scale = {self.initial_loss_scale} is not a power of two")
         if self.activation_checkpointing and self.zero_stage == 0 and self.precision == "bf16":

@@ -102,6 +102,9 @@ class Engine:
         cast = self.stage == 0 and working != torch.float32
         model = _zero_model(self.model_config, torch.float32 if cast else working, device, config)
         self._names = {id(p): name for name, p in model.named_parameters()}
+        if run.train.compile:
+            for block in model.h:
+                block.compile()  # in place: names and structure stay
         self.ds: Any = deepspeed.initialize(
             model=_CastForward(model, working) if cast else model,
             optimizer=adamw(model, run.optim),
@@ -283,7 +286,7 @@ class Engine:
         """AdamW makes its state in its first step; a checkpoint has to be loaded before that."""
         if self.stage == 3:  # in fp32 one tensor is enough; DeepSpeed means to see that, but compares device and name
             for low, master in zip(self._zero.fp16_partitioned_groups_flat, self._masters(), strict=True):
-                if low.dtype == master.dtype:
+                if low.dtype == master.dtype and low.device == master.device:
                     master.data = low.data
         state = self._torch_optimizer().state
         for p in self._masters():
@@ -394,17 +397,24 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
     Gradients are summed over the ranks in fp32. Over a rank's micro-batches DeepSpeed accumulates them in the
     working precision at stages 1 to 3; stage 0 does it in fp32.
     """
-    stage, precision, micro = run.train.zero_stage, run.train.precision, run.batch.micro_sequences
+    t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
+    bucket = round(t.bucket_mb * 1e6 / 4)
+    offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": gas,
         "train_batch_size": micro * gas * world_size,
-        "bf16": {"enabled": precision == "bf16" and stage > 0},
-        "fp16": {
-            "enabled": precision == "fp16",
-            "initial_scale_power": run.train.initial_loss_scale.bit_length() - 1,
+        "bf16": {"enabled": t.precision == "bf16" and stage > 0},
+        "fp16": {"enabled": t.precision == "fp16", "initial_scale_power": t.initial_loss_scale.bit_length() - 1},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": t.overlap_comm,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": 2 * bucket,  # even, as it must be
+            "stage3_prefetch_bucket_size": bucket,
+            **({"offload_optimizer": offload} if t.offload_optimizer else {}),
+            **({"offload_param": offload} if t.offload_param else {}),
         },
-        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,

@@ -44,6 +44,12 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"cluster__workers": 5}, "cluster.workers = 5 is more than batch.micro_batches = 4"),
         ({"train__stop_at": 100}, "train: stop_at = 100 is after steps = 12"),
         ({"train__precision": "fp16", "train__zero_stage": 0}, "train: precision = fp16 needs zero_stage 1, 2 or 3"),
+        (
+            {"train__zero_stage": 0, "train__offload_optimizer": True},
+            "train: offload_optimizer needs zero_stage 1, 2 or 3",
+        ),
+        ({"train__offload_param": True}, "train: offload_param needs zero_stage 3"),
+        ({"train__bucket_mb": 0}, "train.bucket_mb: input should be greater than or equal to 0.1, got 0"),
         ({"train__initial_loss_scale": 3}, "train: initial_loss_scale = 3 is not a power of two"),
         ({"optim__decay_steps": 3}, 'optim: decay_steps is of schedule = "wsd" only, not of "cosine"'),
         (
