@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
 from gpt2dist import __version__
-from gpt2dist.config import RunConfig, UserError, load_run, parse_toml
+from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
 
 
@@ -364,72 +364,86 @@ def _prompt_lines(file: str) -> list[str]:
 
 @main.command()
 @model_argument
-@click.option("--data", "data_path", metavar="DIR", help="A prepared data set; by default the run's own.")
+@click.option("--data", metavar="DIR", help="A prepared data set; by default the run's own.")
 @click.option("--split", default="val", show_default=True, type=click.Choice(["val", "train"]), help="Which part.")
 @click.option("--batches", type=click.IntRange(min=1), help="Of a fixed random order; by default the whole split.")
 @click.option("--batch", type=click.IntRange(min=1), help="Sequences computed together.")
 @click.option("--seq-len", type=click.IntRange(min=1), help="By default the run's, else the model's n_positions.")
+@click.option("--workers", type=click.IntRange(min=1), help="Share the work among Ray Train workers.")
+@address_option
 @step_option
 @precision_option
 @json_option
 @command
 def evaluate(
     location: str,
-    data_path: str | None,
-    split: Literal["val", "train"],
-    batches: int | None,
-    batch: int | None,
-    seq_len: int | None,
+    workers: int | None,
+    address: str | None,
     step: int | None,
     precision: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Loss, perplexity and next-token accuracy on held-out data.
 
-    Every sample of the split counts once.
+    Every sample of the split counts once. With --workers or --address as a Ray Train job, else in this process.
 
     \b
     Example:
       gpt2dist evaluate runs/smoke
       gpt2dist evaluate models/gpt2 --data data/stdlib --batches 20
+      gpt2dist evaluate runs/smoke --workers 2
     """
     from rich.progress import track
 
-    from gpt2dist.data.mixture import MixedSplit, Mixture
-    from gpt2dist.data.order import permutation
     from gpt2dist.model.evaluate import Score
-    from gpt2dist.model.evaluate import evaluate as scores
     from gpt2dist.report import tables
+    from gpt2dist.train import evaluation
     from gpt2dist.train.saved import open_model
 
     saved = open_model(location, step)
-    run, positions = saved.run, saved.config.n_positions
-    paths = {data_path: 1.0} if data_path else run.data_paths if run else {}
-    if not paths:
-        raise UserError("--data: required for a Hugging Face model")
-    seq_len = seq_len or (run.data.seq_len if run else positions)
-    if seq_len > positions:
-        raise UserError(f"--seq-len {seq_len} is longer than the model's n_positions = {positions}")
-    batch = batch or (run.batch.micro_sequences if run else max(1, 4096 // seq_len))
-    data = Mixture.of(paths)
-    tokens = MixedSplit(data, split, seq_len)
-    tokens.check_sizes()
-    if not tokens.num_samples:
-        count = sum(part.tokens for part in tokens.parts)
-        raise UserError(f"{data}: {split} has {count:,} tokens, less than one sequence of {seq_len} + 1")
-    ids = permutation(tokens.num_samples, "eval")[: batches * batch if batches else None]
-    ids.sort()  # storage is read from front to back
-    console = make_console(stderr=True)
-    found = scores(saved.load(precision), tokens, ids, batch)
-    score = sum(track(found, "evaluating", -(-len(ids) // batch), console=console, transient=True), Score())
+    place = location if "://" in location else os.path.abspath(location)
+    request = evaluation.Evaluation.of(saved, place, precision=precision, **options)
+    samples, console = len(request.ids(request.open())), make_console(stderr=True)
+    if workers or address:
+        score = _evaluate_on_ray(request, saved, workers or 1, address, as_json)
+    else:
+        found = evaluation.here(request, saved)
+        batches = -(-samples // request.batch)
+        score = sum(track(found, "evaluating", batches, console=console, transient=True), Score())
     values = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
+    data = ", ".join(request.paths)
     if as_json:
-        what = {"step": saved.step, "data": str(data), "split": split, "samples": len(ids), "tokens": score.tokens}
+        what = {"step": saved.step, "data": data, "split": request.split, "samples": samples, "tokens": score.tokens}
         click.echo(json.dumps(what | values))
     else:
-        counts = {"sequences": f"{len(ids):,} of {tokens.num_samples:,}", "tokens": f"{score.tokens:,}"}
+        counts = {"sequences": f"{samples:,} of {request.open().num_samples:,}", "tokens": f"{score.tokens:,}"}
         rows = counts | {key: f"{value:.4f}" for key, value in values.items()}
-        tables.pairs(make_console(), f"{location}, {split} of {data}", rows)
+        tables.pairs(make_console(), f"{location}, {request.split} of {data}", rows)
+
+
+def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None, as_json: bool) -> Any:
+    import tempfile
+
+    from gpt2dist.cluster.session import output_to_log, ray_session
+    from gpt2dist.train import evaluation
+    from gpt2dist.train.launch import TrainingFailed
+
+    cluster = saved.run.cluster if saved.run else ClusterSection()
+    cpus, gpus = cluster.cpus_per_worker, cluster.gpus_per_worker
+    log = Path(tempfile.mkdtemp(prefix="gpt2dist-evaluate-")) / "log.txt"
+    room = max(os.cpu_count() or 1, math.ceil(workers * cpus))
+    with output_to_log(log) as terminal:
+        console = make_console(None if as_json else terminal)
+        with (
+            console.status(f"evaluating on {workers} workers, log {log}"),
+            ray_session(room, math.ceil(workers * gpus), address),
+        ):
+            try:
+                return evaluation.on_ray(request, workers, cpus, gpus)
+            except TrainingFailed as e:
+                failure = e
+    _fail(f"evaluation failed: {failure}; log: {log}", 1)
 
 
 @main.command()

@@ -127,12 +127,8 @@ class TrainJob:
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
-        if isinstance(self._error, ray.train.WorkerGroupError):
-            raise TrainingFailed(first_cause(self._error.worker_failures)) from self._error
-        if isinstance(self._error, ray.train.ControllerError):
-            raise TrainingFailed(str(self._error.controller_failure)) from self._error
         if self._error is not None:
-            raise TrainingFailed(f"{type(self._error).__name__}: {self._error}") from self._error
+            raise failed(self._error) from self._error
         last = rundir.events_log(self.run.run_dir).read()[-1]
         if last["event"] == "non_finite":
             raise TrainingFailed(last["cause"])
@@ -163,7 +159,7 @@ class TrainJob:
             ),
             run_config=RayRunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
-                **_ray_storage(scratch),
+                **ray_storage(scratch),
                 failure_config=FailureConfig(max_failures=run.cluster.max_failures),
                 callbacks=[FailureLog(run.run_dir)],
             ),
@@ -173,7 +169,16 @@ class TrainJob:
         trainer.fit()
 
 
-def _ray_storage(scratch: UPath) -> dict[str, Any]:
+def failed(error: BaseException) -> TrainingFailed:
+    """What ended a Ray Train job, as its cause in one line."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        return TrainingFailed(first_cause(error.worker_failures))
+    text = str(error.controller_failure) if isinstance(error, ray.train.ControllerError) else str(error)
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return TrainingFailed(f"{type(error).__name__}: {line}")
+
+
+def ray_storage(scratch: UPath) -> dict[str, Any]:
     """Where Ray Train keeps its marks: all nodes must reach it, an object store in the way that we do."""
     if is_local(scratch):
         return {"storage_path": str(scratch)}

@@ -155,6 +155,11 @@ def test_stopped_and_resumed_with_two_one_and_three_workers(
     assert logged(run) == pytest.approx(logged(undisturbed), abs=1e-5)
     assert_audit(gpt2dist, run, 40)
     assert "epochs" in done.stdout
+    alone, shared = (gpt2dist("evaluate", run.run_dir, "--json", *more) for more in ([], ["--workers", "2"]))
+    assert shared.returncode == 0, shared.stderr
+    a, b = json.loads(alone.stdout), json.loads(shared.stdout)
+    assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"]) == (249, 249 * 16)
+    assert (a["accuracy"], a["loss"]) == (b["accuracy"], pytest.approx(b["loss"], rel=1e-9))
 
 
 @pytest.mark.timeout(300)
