@@ -13,6 +13,9 @@ from gpt2dist.data.mixture import MixedSplit
 from gpt2dist.data.order import Ids
 from gpt2dist.model.gpt2 import GPT2
 
+LOGIT_ROWS = 1024
+"""Tokens whose logits are in memory at a time: 200 MB in fp32, and as much again twice."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -53,7 +56,11 @@ def evaluate(model: GPT2, split: MixedSplit, ids: Ids, batch: int) -> Iterator[S
     for first in range(0, len(ids), batch):
         samples = split.samples(ids[first : first + batch])
         tokens = torch.from_numpy(samples).to(device, torch.int64)
-        logits, targets = model.logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        correct = (logits.argmax(-1) == targets).sum()
-        yield Score(losses.double().sum().item(), int(correct), len(targets))
+        hidden, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        score = Score()
+        for x, target in zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True):
+            logits = model.head(x)
+            losses = F.cross_entropy(logits.float(), target, reduction="none")
+            correct = (logits.argmax(-1) == target).sum()
+            score += Score(losses.double().sum().item(), int(correct), len(target))
+        yield score

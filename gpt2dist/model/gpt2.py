@@ -173,13 +173,16 @@ class Block(nn.Module):
         self.attn = Attention(c)
         self.ln_2 = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.mlp = MLP(c)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = c.dropout
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout in training; not called where it would do nothing, which counts when tokens come one by one."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """x, result: [B, T, n_embd]; mask, cache: see `Attention`."""
-        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))
-        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
-        return out
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class Head(nn.Module):

@@ -116,6 +116,11 @@ def test_checkpoint_that_does_not_fit(run_file: str) -> None:
     assert_one_line(cli("train", run_file), "run.toml: model: does not fit the checkpoint")
 
 
+def test_initial_weights_that_are_not_there(run_file: str) -> None:
+    result = cli("train", run_file, "--set", "model.init_from=not/a/model")
+    assert_one_line(result, "run.toml: model.init_from = not/a/model: not/a/model: no such directory")
+
+
 def test_no_cluster_at_the_address(run_file: str) -> None:
     result = cli("train", run_file, "--address", "127.0.0.1:1")
     assert result.exit_code == 2
