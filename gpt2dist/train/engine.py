@@ -24,6 +24,7 @@ import filelock
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import cpp_extension
@@ -77,6 +78,17 @@ class _Call(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.module(tokens)
         return out
+
+
+def _choose_optimizer(engine: Any, _basic: Any) -> str | None:
+    """Stages 1 to 3 use the ZeRO optimizers, whose fragments this module knows.
+
+    DeepSpeed would send stage 1 in bf16 with fp32 accumulation to a class of its own; stage 2's does it as well.
+    """
+    return ZERO_OPTIMIZATION if engine.zero_optimization() else None
+
+
+DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
 
 
 class Engine:
@@ -392,11 +404,7 @@ def _build_cpu_collectives() -> None:
 
 
 def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, Any]:
-    """Our typed config in DeepSpeed's words.
-
-    Gradients are summed over the ranks in fp32. Over a rank's micro-batches DeepSpeed accumulates them in the
-    working precision at stages 1 to 3; stage 0 does it in fp32.
-    """
+    """Our typed config in DeepSpeed's words. Gradients are summed in fp32, over micro-batches and over ranks."""
     t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
     bucket = round(t.bucket_mb * 1e6 / 4)
     offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
@@ -415,6 +423,7 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
             **({"offload_optimizer": offload} if t.offload_optimizer else {}),
             **({"offload_param": offload} if t.offload_param else {}),
         },
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,

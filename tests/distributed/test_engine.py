@@ -106,6 +106,21 @@ def test_stages_agree_in_16_bit(ranks: Ranks, make_data: Callable[..., str], tmp
 
 
 @pytest.mark.timeout(240)
+def test_bf16_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
+    """The mean over 16 equal micro-batches is each one's gradient, exactly: a sum in bf16 would round."""
+    calls: list[tuple[Any, ...]] = []
+    for stage in (0, 1, 2, 3):
+        for micro_batches in (2, 16):
+            changes = {"train__zero_stage": stage, "train__precision": "bf16", "model__dropout": 0.0}
+            run = tiny_run(batch__micro_batches=micro_batches, **changes)
+            calls.append((run, [0, 1, 2], frozenset(), True))
+    for results in ranks(jobs.drive_all, 2, calls):
+        for (run, *_), few, many in zip(calls[::2], results[::2], results[1::2], strict=True):
+            assert few["applied"] == [True] * 3
+            assert few == many, run.train
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bitwise_at_the_same_world_size(
     ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, precision: str
