@@ -34,7 +34,7 @@ from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
 from gpt2dist.train.fragment import KINDS, Fragment
 from gpt2dist.train.optim import adamw
-from gpt2dist.train.peak import DTYPES
+from gpt2dist.train.peak import DTYPES, MemoryPeak
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class Engine:
         self.stage = run.train.zero_stage
         self.clip = run.optim.grad_clip
         self.model_config = gpt2.GPT2Config.from_run(run)
+        shapes = gpt2.parameter_shapes(self.model_config)  # imports much of torch, which is not the engine's memory
+        self.memory = MemoryPeak(device)
         self.control = dist.new_group(backend="gloo")  # small CPU collectives, whatever the backend is
         self.gas = accumulation_steps(run.batch.micro_batches, self.world_size)
         # Gradients are averaged over gas × world slots, of which M hold real micro-batches.
@@ -128,7 +130,7 @@ class Engine:
         if scaler is not None:
             scaler.raise_error_at_min_scale = False  # when to give up is the trainer's decision
         self._create_optimizer_state()
-        self._set_initial_weights(run.seed)
+        self._set_initial_weights(shapes, run.seed)
 
     # ------------------------------------------------------------------ training
 
@@ -301,9 +303,8 @@ class Engine:
                 state[p]["step"].zero_()
 
     @torch.no_grad()
-    def _set_initial_weights(self, seed: int) -> None:
+    def _set_initial_weights(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
         """Write the fp32 values through the fragments; never more than one whole parameter is held."""
-        shapes = gpt2.parameter_shapes(self.model_config)
         weights = (f for f in self.fragments(owned=False) if f.kind == "weight")
         for name, pieces in itertools.groupby(weights, lambda f: f.parameter):
             value = gpt2.initial_value(name, shapes[name], self.model_config, seed).flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -220,9 +221,18 @@ def _is_bad(found: checkpoint.Checkpoint | checkpoint.BadCheckpoint) -> bool:
 
 
 def test_metrics_have_the_promised_keys(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
-    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), cluster__workers=1, train__steps=2)
-    ranks(jobs.train_runs, 1, [run])
-    row = json.loads(rundir.metrics_log(run.run_dir).path.read_text().splitlines()[-1])
-    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait_s", "step_s", "val_loss"}
-    assert keys <= row.keys()
-    assert row["tokens_per_s"] == pytest.approx(run.global_batch * run.data.seq_len / row["step_s"])
+    changes = {"train__steps": 3, "train__profile_steps": [1, 2], "checkpoint__every_steps": 2}
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), **changes)
+    ranks(jobs.train_runs, 2, [run])
+    rows = [json.loads(line) for line in rundir.metrics_log(run.run_dir).path.read_text().splitlines()]
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait_s", "step_s", "peak_memory_bytes"}
+    for row in rows:
+        assert keys <= row.keys()
+        assert row["tokens_per_s"] == pytest.approx(run.global_batch * run.data.seq_len / row["step_s"])
+        parts = row["data_wait_s"] + row["forward_backward_s"] + row["optimizer_s"]
+        assert 0.5 * row["step_s"] < parts <= row["step_s"]
+        assert row["peak_memory_bytes"] > 16 * 1.6e6 / 2  # 1.6 M parameters on two ranks
+    assert [row["checkpoint_s"] > 0 for row in rows] == [False, False, True]  # since the line before
+    assert "val_loss" in rows[-1]
+    trace = json.loads(gzip.decompress((Path(run.run_dir) / "profile" / "steps-1-2.json.gz").read_bytes()))
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
