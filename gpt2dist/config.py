@@ -162,6 +162,8 @@ class TrainSection(Section):
     their samples. In fp16 those that lower the loss scale do not count."""
     initial_loss_scale: int = Field(default=2**16, ge=1)
     """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
+    profile_steps: tuple[int, int] | None = Field(default=None, strict=False)
+    """[first, end]: steps first to end − 1 of worker 0 are recorded by torch's profiler, into the run's directory."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 
@@ -179,6 +181,8 @@ class TrainSection(Section):
             raise ValueError(
                 "offload_param needs zero_stage 3: below, every worker uses its whole weights all the time"
             )
+        if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
+            raise ValueError(f"profile_steps = {list(self.profile_steps)}: give the first step and a later one")
         if self.initial_loss_scale.bit_count() != 1:
             raise ValueError(f"initial_loss_scale = {self.initial_loss_scale} is not a power of two")
         if self.activation_checkpointing and self.zero_stage == 0 and self.precision == "bf16":

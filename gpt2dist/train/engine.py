@@ -24,6 +24,7 @@ import filelock
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import cpp_extension
@@ -33,7 +34,7 @@ from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
 from gpt2dist.train.fragment import KINDS, Fragment
 from gpt2dist.train.optim import adamw
-from gpt2dist.train.peak import DTYPES
+from gpt2dist.train.peak import DTYPES, MemoryPeak
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,17 @@ class _Call(nn.Module):
         return out
 
 
+def _choose_optimizer(engine: Any, _basic: Any) -> str | None:
+    """Stages 1 to 3 use the ZeRO optimizers, whose fragments this module knows.
+
+    DeepSpeed would send stage 1 in bf16 with fp32 accumulation to a class of its own; stage 2's does it as well.
+    """
+    return ZERO_OPTIMIZATION if engine.zero_optimization() else None
+
+
+DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
+
+
 class Engine:
     """A GPT-2, its optimizer and its place among the ranks. torch.distributed must be initialized."""
 
@@ -89,6 +101,8 @@ class Engine:
         self.stage = run.train.zero_stage
         self.clip = run.optim.grad_clip
         self.model_config = gpt2.GPT2Config.from_run(run)
+        shapes = gpt2.parameter_shapes(self.model_config)  # imports much of torch, which is not the engine's memory
+        self.memory = MemoryPeak(device)
         self.control = dist.new_group(backend="gloo")  # small CPU collectives, whatever the backend is
         self.gas = accumulation_steps(run.batch.micro_batches, self.world_size)
         # Gradients are averaged over gas × world slots, of which M hold real micro-batches.
@@ -116,7 +130,6 @@ class Engine:
         if scaler is not None:
             scaler.raise_error_at_min_scale = False  # when to give up is the trainer's decision
         self._create_optimizer_state()
-        shapes = gpt2.parameter_shapes(self.model_config)
         self.set_weights(lambda name: gpt2.initial_value(name, shapes[name], self.model_config, run.seed))
 
     # ------------------------------------------------------------------ training
@@ -392,11 +405,7 @@ def _build_cpu_collectives() -> None:
 
 
 def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, Any]:
-    """Our typed config in DeepSpeed's words.
-
-    Gradients are summed over the ranks in fp32. Over a rank's micro-batches DeepSpeed accumulates them in the
-    working precision at stages 1 to 3; stage 0 does it in fp32.
-    """
+    """Our typed config in DeepSpeed's words. Gradients are summed in fp32, over micro-batches and over ranks."""
     t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
     bucket = round(t.bucket_mb * 1e6 / 4)
     offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
@@ -415,6 +424,7 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
             **({"offload_optimizer": offload} if t.offload_optimizer else {}),
             **({"offload_param": offload} if t.offload_param else {}),
         },
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,

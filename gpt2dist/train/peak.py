@@ -1,7 +1,9 @@
-"""The peak that MFU is measured against."""
+"""Peaks: of the arithmetic, which MFU is measured against, and of memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 
 import torch
@@ -33,3 +35,24 @@ def peak_flops(run: RunConfig, device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class MemoryPeak:
+    """Most memory used since it was made, in bytes: on CUDA by tensors, on the CPU by the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = 0 if device.type == "cuda" else _process_peak()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int:
+        """The peak so far; takes no synchronization with the device."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return _process_peak() - self._before
+
+
+def _process_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,6 +6,7 @@ learning rate, each micro-batch's dropout seed. No Ray here; a stream of batches
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import time
@@ -28,7 +29,10 @@ from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
+from gpt2dist.train.profile import Profile
 
+COLLECT_EVERY = 50
+"""Steps between two collections of cyclic garbage; left to Python they come at any time, on each rank at another."""
 STOP_POLL_S = 3.0
 """Between two looks for the stop file on an object store."""
 
@@ -37,6 +41,13 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of a micro-batch's dropout masks; independent of the rank that runs it."""
     digest = hashlib.sha256(f"dropout/{seed}/{step}/{micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _collect_by_hand() -> None:
+    """No garbage collection of its own from now on; what exists is left out of later ones."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 class NonFiniteGradients(Exception):
@@ -61,6 +72,8 @@ class Trainer:
         self.saved_time = time.monotonic()
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
         self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
+        self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
+        self.profile = Profile(run, self.rank)
         self.peak = peak_flops(run, engine.device) * self.world_size
         self.step_flops = gpt2.flops_per_token(engine.model_config, run.data.seq_len) * self.step_tokens
 
@@ -83,7 +96,9 @@ class Trainer:
             if self.step == 0 and run.eval.every_steps:
                 self._event("eval", step=0, val_loss=self.evaluate())
             batches = itertools.chain(first.result(), batches)
+        _collect_by_hand()
         while self.step < run.stop_step:
+            self.profile.before(self.step)
             metrics, stop, save = self.train_step(batches)
             last = self.step == run.stop_step
             every = run.eval.every_steps
@@ -96,8 +111,11 @@ class Trainer:
             every = run.checkpoint.every_steps
             if last or stop or save or (every and self.step % every == 0):
                 self.save()
+            if self.step % COLLECT_EVERY == 0:
+                gc.collect()
             if stop:
                 break
+        self.profile.close(self.step)
         end = {"finished": self.step == run.train.steps, "epochs": self._epochs(), "skipped": self._count_skipped()}
         self._event("end", step=self.step, **end)
 
@@ -110,11 +128,17 @@ class Trainer:
         start = time.perf_counter()
         batch = next(batches)
         data_wait = time.perf_counter() - start
-        losses = self.forward_backward(batch)
+        losses = self.forward_backward(batch)  # ends by reading the losses, so all its work is done
+        forward_backward = time.perf_counter() - start - data_wait
         lr = learning_rate(self.run.optim, self.step, self.run.train.steps)
-        result = self.engine.step(lr)
-        # One all-reduce carries the losses (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
-        *losses, stop, save = self.engine.sum_over_ranks([*losses, self._wants_stop(), self._wants_save()])
+        result = self.engine.step(lr)  # ends by reading the norm
+        optimizer = time.perf_counter() - start - data_wait - forward_backward
+        # One all-reduce carries losses and peaks (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
+        peaks = [0.0] * self.world_size
+        peaks[self.rank] = float(self.engine.memory.bytes())
+        mine = [self._wants_stop(), self._wants_save(), *peaks, *losses]
+        stop, save, *both = self.engine.sum_over_ranks(mine)
+        peaks, losses = both[: self.world_size], both[self.world_size :]
         seconds = time.perf_counter() - start
         metrics = {
             "step": self.step,
@@ -124,8 +148,13 @@ class Trainer:
             "tokens_per_s": self.step_tokens / seconds,
             "mfu": self.step_flops / seconds / self.peak,
             "data_wait_s": data_wait,
+            "forward_backward_s": forward_backward,
+            "optimizer_s": optimizer,
+            "checkpoint_s": self.save_seconds,
             "step_s": seconds,
+            "peak_memory_bytes": int(max(peaks)),
         }
+        self.save_seconds = 0.0
         if result.applied:
             self.skipped.clear()
         else:
@@ -210,6 +239,7 @@ class Trainer:
             self._commit(directory, parts, ids)
             self._event("commit", step=self.step, seconds=time.perf_counter() - start)
         self.engine.barrier()
+        self.save_seconds += time.perf_counter() - start
         self.uncommitted.clear()
         self.saved_step, self.saved_time = self.step, time.monotonic()
 

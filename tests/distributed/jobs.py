@@ -50,8 +50,13 @@ def poison(engine: Engine, broken: Callable[[], bool]) -> None:
     model.wte.register_forward_hook(multiply)
 
 
-def drive(run: RunConfig, steps: list[int], broken: frozenset[int] = frozenset()) -> dict[str, Any]:
-    """Engine steps with these numbers, tokens depending on the number alone, embeddings NaN in the `broken` ones."""
+def drive(
+    run: RunConfig, steps: list[int], broken: frozenset[int] = frozenset(), identical: bool = False
+) -> dict[str, Any]:
+    """Engine steps with these numbers, tokens depending on the number alone, embeddings NaN in the `broken` ones.
+
+    With `identical` all micro-batches of a step hold the same tokens.
+    """
     engine = Engine(run, torch.device("cpu"))
     now = -1
     poison(engine, lambda: now in broken)
@@ -60,7 +65,7 @@ def drive(run: RunConfig, steps: list[int], broken: frozenset[int] = frozenset()
         total = [0.0] * run.batch.micro_batches
         for slot in range(engine.gas):
             j = slot * engine.world_size + engine.rank
-            generator = torch.Generator().manual_seed(1000 * now + j)
+            generator = torch.Generator().manual_seed(1000 * now + (0 if identical else j))
             shape = (run.batch.micro_sequences, run.data.seq_len + 1)
             tokens = torch.randint(0, 50257, shape, generator=generator)
             torch.manual_seed(j)

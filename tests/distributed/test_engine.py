@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_stages_agree_in_16_bit(ranks: Ranks, make_data: Callable[..., str], tmp
 
 
 @pytest.mark.timeout(240)
+def test_bf16_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
+    """The mean over 16 equal micro-batches is each one's gradient, exactly: a sum in bf16 would round."""
+    calls: list[tuple[Any, ...]] = []
+    for stage in (0, 1, 2, 3):
+        for micro_batches in (2, 16):
+            changes = {"train__zero_stage": stage, "train__precision": "bf16", "model__dropout": 0.0}
+            run = tiny_run(batch__micro_batches=micro_batches, **changes)
+            calls.append((run, [0, 1, 2], frozenset(), True))
+    for results in ranks(jobs.drive_all, 2, calls):
+        for (run, *_), few, many in zip(calls[::2], results[::2], results[1::2], strict=True):
+            assert few["applied"] == [True] * 3
+            assert few == many, run.train
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bitwise_at_the_same_world_size(
     ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, precision: str
@@ -204,9 +220,18 @@ def _is_bad(found: checkpoint.Checkpoint | checkpoint.BadCheckpoint) -> bool:
 
 
 def test_metrics_have_the_promised_keys(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
-    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), cluster__workers=1, train__steps=2)
-    ranks(jobs.train_runs, 1, [run])
-    row = json.loads(rundir.metrics_log(run.run_dir).path.read_text().splitlines()[-1])
-    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait_s", "step_s", "val_loss"}
-    assert keys <= row.keys()
-    assert row["tokens_per_s"] == pytest.approx(run.global_batch * run.data.seq_len / row["step_s"])
+    changes = {"train__steps": 3, "train__profile_steps": [1, 2], "checkpoint__every_steps": 2}
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), **changes)
+    ranks(jobs.train_runs, 2, [run])
+    rows = [json.loads(line) for line in rundir.metrics_log(run.run_dir).path.read_text().splitlines()]
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_wait_s", "step_s", "peak_memory_bytes"}
+    for row in rows:
+        assert keys <= row.keys()
+        assert row["tokens_per_s"] == pytest.approx(run.global_batch * run.data.seq_len / row["step_s"])
+        parts = row["data_wait_s"] + row["forward_backward_s"] + row["optimizer_s"]
+        assert 0.5 * row["step_s"] < parts <= row["step_s"]
+        assert row["peak_memory_bytes"] > 16 * 1.6e6 / 2  # 1.6 M parameters on two ranks
+    assert [row["checkpoint_s"] > 0 for row in rows] == [False, False, True]  # since the line before
+    assert "val_loss" in rows[-1]
+    trace = json.loads(gzip.decompress((Path(run.run_dir) / "profile" / "steps-1-2.json.gz").read_bytes()))
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])

@@ -17,6 +17,7 @@ LAYERS = [
     [
         "gpt2dist.train.optim",
         "gpt2dist.train.peak",
+        "gpt2dist.train.profile",
         "gpt2dist.train.fragment",
         "gpt2dist.train.fragment_file",
         "gpt2dist.train.rundir",
