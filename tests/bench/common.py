@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,11 @@ class Row:
 def interleaved(a: Callable[[], float], b: Callable[[], float], pairs: int = PAIRS) -> list[float]:
     """Run A B A B … after one of each that does not count; a/b of each pair."""
     a(), b()
-    return [a() / b() for _ in range(pairs)]
+    ratios = []
+    for pair in range(pairs):
+        ratios.append(a() / b())
+        print(f"  pair {pair + 1} of {pairs}: {ratios[-1]:.3f}", file=sys.stderr, flush=True)
+    return ratios
 
 
 def documents(seed: int = 1) -> Iterator[str]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from gpt2dist.model.generate import Generation, Sampling
 from gpt2dist.model.gpt2 import GPT2, GPT2Config, build
+from tests.bench.common import Row, interleaved
 from tests.unit.test_model import transformers_twin
 
 CONFIG = GPT2Config(n_layer=6, n_head=6, n_embd=384, n_positions=1024)
 PROMPT, NEW, PAIRS, THREADS = 32, 128, 7, 2
-BAR = 1.5
 
 
 def seconds_of_ours(model: GPT2, prompts: list[list[int]]) -> float:
@@ -40,32 +39,18 @@ def seconds_of_transformers(twin: Any, prompts: list[list[int]]) -> float:
     return time.perf_counter() - start
 
 
-def measure(batch: int) -> dict[str, Any]:
-    """One row: the median of the paired ratios, and their spread."""
+def ratios(batch: int) -> list[float]:
+    """Of PAIRS pairs, after one that warms up."""
     torch.set_num_threads(THREADS)
     model = build(CONFIG, 0).eval()
     twin = transformers_twin(model)
     prompts = torch.randint(0, 50257, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
-    ratios = []
-    for pair in range(PAIRS + 1):
-        ours = seconds_of_ours(model, prompts)
-        ratio = seconds_of_transformers(twin, prompts) / ours
-        if pair:  # the first one warms up
-            ratios.append(ratio)
-    return {
-        "name": f"generation / transformers generate, batch {batch}",
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "bar": BAR,
-        "unit": "tokens/s ratio",
-    }
+    return interleaved(
+        lambda: seconds_of_transformers(twin, prompts), lambda: seconds_of_ours(model, prompts), pairs=PAIRS
+    )
 
 
-def main() -> None:
+def speed() -> Iterator[Row]:
+    """One prompt at a time, and eight."""
     for batch in (1, 8):
-        print(json.dumps(measure(batch)))
-
-
-if __name__ == "__main__":
-    main()
+        yield Row(f"generation / transformers generate, batch {batch}", ratios(batch), 1.5, "tokens/s ratio")
