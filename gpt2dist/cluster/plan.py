@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
+from gpt2dist.train.fragment import is_muon_matrix
 
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
@@ -56,7 +58,9 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
         parts["bucket"] = 4 * min(n, round(run.train.bucket_mb * 1e6 / 4))
     parts["gradients"] = 4 * share[2]  # the sum over micro-batches, fp32
-    parts["Adam moments"] = 8 * share[1]
+    shapes = gpt2.parameter_shapes(config).items()
+    of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
+    parts["Adam moments"] = 8 * share[1] - 4 * of_muon  # Muon has one moment
     if run.train.offload_optimizer and not on_cpu:
         parts |= {"master weights": 0, "Adam moments": 0}
     if run.train.offload_param and not on_cpu:

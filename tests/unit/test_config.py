@@ -68,6 +68,10 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"train__offload_param": True}, "train: offload_param needs zero_stage 3"),
         ({"train__bucket_mb": 0}, "train.bucket_mb: input should be greater than or equal to 0.1, got 0"),
         ({"train__profile_steps": [4, 4]}, "train: profile_steps = [4, 4]: give the first step and a later one"),
+        (
+            {"optim__name": "muon"},
+            'optim.name = "muon" needs train.zero_stage = 0: at stage 2 a worker holds pieces ',
+        ),
         ({"train__initial_loss_scale": 3}, "train: initial_loss_scale = 3 is not a power of two"),
         ({"optim__decay_steps": 3}, 'optim: decay_steps is of schedule = "wsd" only, not of "cosine"'),
         (
