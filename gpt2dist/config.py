@@ -194,7 +194,11 @@ class TrainSection(Section):
 
 
 class OptimSection(Section):
-    """[optim] AdamW and its learning-rate schedule."""
+    """[optim] the optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the blocks' matrices, its updates scaled to the size of AdamW's, and AdamW for the rest; needs
+    zero_stage = 0."""
 
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
@@ -297,6 +301,11 @@ class RunConfig(Section):
         if warmup + decay > steps and self.optim.schedule == "wsd":
             raise ValueError(
                 f"optim.warmup_steps + optim.decay_steps = {warmup + decay} is more than train.steps = {steps}"
+            )
+        if self.optim.name == "muon" and self.train.zero_stage > 0:
+            raise ValueError(
+                f'optim.name = "muon" needs train.zero_stage = 0: at stage {self.train.zero_stage} a worker holds '
+                "pieces of matrices, and Muon takes whole ones"
             )
         if self.cluster.workers > self.batch.micro_batches:
             raise ValueError(

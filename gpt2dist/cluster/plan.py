@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
+from gpt2dist.train.fragment import is_muon_matrix
 
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
@@ -32,27 +34,43 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
 
 
 def memory(run: RunConfig) -> dict[str, int]:
-    """Bytes of each part on one worker, by ZeRO stage (Rajbhandari et al. 2020) and as the engine allocates.
+    """Bytes of each part on one worker at the moment that needs most: when the loss goes backward for the last time.
 
-    Activations follow Korthikanti et al. 2022 (34·C bytes a token and layer in 16 bit, attention scores never
-    stored), plus the logits in working precision and twice in fp32 (the loss and its gradient).
+    By ZeRO stage (Rajbhandari et al. 2020), as the engine allocates. Buckets in which gradients are reduced at stages 1
+    and 2 come after the logits have gone, and are smaller. tests/distributed/test_memory.py holds this against
+    measurements.
     """
     config = gpt2.GPT2Config.from_run(run)
     n, world, stage = gpt2.count_parameters(config, published=False), run.cluster.workers, run.train.zero_stage
     low = 4 if run.train.precision == "fp32" else 2
     share = {s: -(-n // world) if stage >= s else n for s in (1, 2, 3)}
+    on_cpu = run.cluster.gpus_per_worker == 0
+    parts = {}
     if stage == 0:
-        weights, master, gradients = 4 * n, (0 if low == 4 else low * n), 4 * n
+        parts["weights"] = 4 * n
+        parts["16-bit copy"] = 0 if low == 4 else low * n
     else:
-        weights = low * share[3]
-        master = 0 if low == 4 and stage == 3 else 4 * share[1]
-        gradients = low * share[2]
-    token_count = run.batch.micro_sequences * run.data.seq_len
-    return {
-        "weights": weights,
-        "master weights" if stage else "16-bit copy": master,
-        "gradients": gradients,
-        "Adam moments": 8 * share[1],
-        "activations": 17 * low * config.n_embd * config.n_layer * token_count,
-        "logits": (low + 8) * config.padded_vocab_size * token_count,
-    }
+        parts["weights"] = low * share[3]
+        # At stage 3 in fp32 the weights are the master weights.
+        parts["master weights"] = 0 if low == 4 and stage == 3 else 4 * share[1]
+    if stage == 3:
+        # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
+        parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
+        parts["bucket"] = 4 * min(n, round(run.train.bucket_mb * 1e6 / 4))
+    parts["gradients"] = 4 * share[2]  # the sum over micro-batches, fp32
+    shapes = gpt2.parameter_shapes(config).items()
+    of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
+    parts["Adam moments"] = 8 * share[1] - 4 * of_muon  # Muon has one moment
+    if run.train.offload_optimizer and not on_cpu:
+        parts |= {"master weights": 0, "Adam moments": 0}
+    if run.train.offload_param and not on_cpu:
+        parts["weights"] = 0
+    tokens = run.batch.micro_sequences * run.data.seq_len
+    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored.
+    parts["activations"] = 17 * low * config.n_embd * config.n_layer * tokens
+    # Log-probabilities, and the gradients of these and of the logits, in fp32.
+    parts["logits"] = 12 * config.padded_vocab_size * tokens
+    if on_cpu and world > 1:
+        # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
+        parts["collectives"] = world * 66 * 2**20
+    return parts

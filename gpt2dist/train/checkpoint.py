@@ -27,7 +27,7 @@ from upath import UPath
 
 from gpt2dist.config import Section, UserError
 from gpt2dist.storage import children, exists, file_size, location, publish, read_bytes, remove, remove_tree, sha256_of
-from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.fragment import Fragment, kinds
 from gpt2dist.train.fragment_file import BadFile, Slice, read_slices
 
 INDEX = "index.json"
@@ -180,7 +180,7 @@ def read_index(path: UPath) -> Index:
 
 
 def check_coverage(index: Index) -> None:
-    """Every element of every parameter in exactly one fragment of each kind. Raises `BadCheckpoint`."""
+    """Every element of every parameter in exactly one fragment of each of its kinds. Raises `BadCheckpoint`."""
     spans: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     files = {f.file for f in index.files}
     for f in index.fragments:
@@ -190,7 +190,7 @@ def check_coverage(index: Index) -> None:
             raise BadCheckpoint(f"step {index.step}: fragment in an unlisted file {f.file}")
         spans[f.parameter, f.kind].append(f)
     for name, shape in index.parameters.items():
-        for kind in KINDS:
+        for kind in kinds(index.config.get("optim", {}).get("name", "adamw"), name, len(shape)):
             end = 0
             for f in sorted(spans[name, kind], key=lambda f: f.start):
                 if f.start != end:

@@ -32,8 +32,8 @@ from torch.utils import cpp_extension
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
-from gpt2dist.train.fragment import KINDS, Fragment
-from gpt2dist.train.optim import adamw
+from gpt2dist.train.fragment import KINDS, Fragment, is_muon_matrix
+from gpt2dist.train.optim import MuonAdamW, adamw
 from gpt2dist.train.peak import DTYPES, MemoryPeak
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Engine:
         self.device = device
         self.stage = run.train.zero_stage
         self.clip = run.optim.grad_clip
+        self.muon = run.optim.name == "muon"
         self.model_config = gpt2.GPT2Config.from_run(run)
         shapes = gpt2.parameter_shapes(self.model_config)  # imports much of torch, which is not the engine's memory
         self.memory = MemoryPeak(device)
@@ -121,7 +122,7 @@ class Engine:
                 block.compile()  # in place: names and structure stay
         self.ds: Any = deepspeed.initialize(
             model=_CastForward(model, working) if cast else model,
-            optimizer=adamw(model, run.optim),
+            optimizer=MuonAdamW(model, run.optim) if run.optim.name == "muon" else adamw(model, run.optim),
             config=config,
             dist_init_required=False,
         )[0]
@@ -200,7 +201,7 @@ class Engine:
 
     def scalars(self) -> dict[str, float]:
         """State beside the fragments: Adam's step count and, in fp16, the loss scale."""
-        result = {"optimizer_steps": float(next(iter(self._optimizer_states()))["step"])}
+        result = {"optimizer_steps": next(float(s["step"]) for s in self._optimizer_states() if "step" in s)}
         scaler = self._loss_scaler()
         if scaler is not None:
             result |= {f"loss_scale.{key}": float(getattr(scaler, key)) for key in _SCALER_STATE}
@@ -209,7 +210,8 @@ class Engine:
     def load_scalars(self, values: dict[str, float]) -> None:
         """Take over what `scalars` returned."""
         for state in self._optimizer_states():
-            state["step"].fill_(values["optimizer_steps"])
+            if "step" in state:  # Muon counts none
+                state["step"].fill_(values["optimizer_steps"])
         scaler = self._loss_scaler()
         if scaler is not None and "loss_scale.cur_scale" in values:
             for key, kind in _SCALER_STATE.items():
@@ -303,7 +305,9 @@ class Engine:
                     master.data = low.data
         state = self._torch_optimizer().state
         for p in self._masters():
-            if "exp_avg" not in state[p]:
+            if self.muon and is_muon_matrix(self._names[id(p)], p.ndim):
+                state[p] = {"momentum_buffer": torch.zeros_like(p.detach())}
+            elif "exp_avg" not in state[p]:
                 state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
                     "exp_avg": torch.zeros_like(p.detach()),
@@ -315,6 +319,9 @@ class Engine:
     def _kinds(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
         state = self._torch_optimizer().state[master]
         yield "weight", master.detach()
+        if "momentum_buffer" in state:
+            yield "exp_avg", state["momentum_buffer"]
+            return
         for kind in KINDS[1:]:
             yield kind, state[kind]
 

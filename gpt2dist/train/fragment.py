@@ -10,6 +10,16 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """fp32 master weight, Adam's first and second moment."""
 
 
+def kinds(optimizer: str, parameter: str, ndim: int) -> tuple[str, ...]:
+    """The kinds that a parameter has: a matrix under Muon only a first moment, its momentum."""
+    return KINDS[:2] if optimizer == "muon" and is_muon_matrix(parameter, ndim) else KINDS
+
+
+def is_muon_matrix(parameter: str, ndim: int) -> bool:
+    """Whether `optim.name = "muon"` gives a parameter to Muon: the matrices inside the blocks."""
+    return ndim == 2 and parameter.startswith("h.")
+
+
 @dataclass(frozen=True)
 class Fragment:
     """A contiguous piece `[start, start + len(tensor))` of a flattened parameter."""

@@ -82,6 +82,12 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
             f"{data} is {data.fingerprint[:16]}; to go on all the same: --set data.allow_changed=true"
         )
+    optimizer = found.index.config["optim"].get("name", "adamw")
+    if optimizer != run.optim.name:
+        raise UserError(
+            f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
+            "of another kind; choose another name for a new run"
+        )
     _check_same_order(run, found.index.config, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
 

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning-rate schedule: pure functions of (config, step)."""
+"""The optimizers' parameter groups and the learning-rate schedule: pure functions of (config, step)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,32 @@ import torch
 
 from gpt2dist.config import OptimSection
 from gpt2dist.model import gpt2
+from gpt2dist.train.fragment import is_muon_matrix
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, as one optimizer.
+
+    Muon's updates are scaled by 0.2·√max(rows, columns), to the RMS of AdamW's (Liu et al. 2025), so that one learning
+    rate and weight decay serve both. torch orthogonalizes in bf16.
+    """
+
+    def __init__(self, model: gpt2.GPT2, o: OptimSection) -> None:
+        matrices = [p for name, p in model.named_parameters() if is_muon_matrix(name, p.ndim)]
+        adam = adamw(model, o)
+        taken = {id(p) for p in matrices}
+        for group in adam.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in taken]
+        muon = torch.optim.Muon(matrices, lr=o.lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = (muon, adam)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step both."""
+        for part in self.parts:
+            part.step()  # type: ignore[no-untyped-call]
 
 
 def adamw(model: gpt2.GPT2, o: OptimSection) -> torch.optim.AdamW:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from gpt2dist.cli import main
 from gpt2dist.config import RunConfig, UserError, load_run, parse_run
 from tests.conftest import ROOT, TINY, tiny_run
 
@@ -14,6 +17,20 @@ RUN_FILES = sorted((ROOT / "jobs").glob("*.toml"))
 def test_every_shipped_run_file_loads(path: Path) -> None:
     run = load_run(path)
     assert run.data_paths
+
+
+@pytest.mark.parametrize("path", [p for p in RUN_FILES if p.name.startswith("gpt2_")], ids=lambda p: p.name)
+def test_shipped_gpt2_runs_say_what_they_need(path: Path) -> None:
+    """The figures in their comments are those of `--dry-run`, at 40% of an A100's 312 TFLOP/s."""
+    done = CliRunner().invoke(main, ["train", str(path), "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    numbers = json.loads(done.output)
+    days = numbers["flops"] / (0.4 * 312e12) / 86400
+    assert (
+        f"# Computed, not measured: {numbers['tokens'] / 1e9:.0f} B tokens, {numbers['flops']:.1e} FLOPs; "
+        f"{days:,.0f} days of an A100 at an\n# assumed MFU of 40%, {days / numbers['workers']:.1f} days with these "
+        f"{numbers['workers']} workers; {sum(numbers['memory_bytes'].values()) / 1e9:.0f} GB of memory on each.\n"
+    ) in path.read_text()
 
 
 def test_there_are_shipped_run_files() -> None:
@@ -51,6 +68,10 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"train__offload_param": True}, "train: offload_param needs zero_stage 3"),
         ({"train__bucket_mb": 0}, "train.bucket_mb: input should be greater than or equal to 0.1, got 0"),
         ({"train__profile_steps": [4, 4]}, "train: profile_steps = [4, 4]: give the first step and a later one"),
+        (
+            {"optim__name": "muon"},
+            'optim.name = "muon" needs train.zero_stage = 0: at stage 2 a worker holds pieces ',
+        ),
         ({"train__initial_loss_scale": 3}, "train: initial_loss_scale = 3 is not a power of two"),
         ({"optim__decay_steps": 3}, 'optim: decay_steps is of schedule = "wsd" only, not of "cosine"'),
         (

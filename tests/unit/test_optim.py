@@ -4,10 +4,11 @@ from math import cos, pi
 from typing import Any
 
 import pytest
+import torch
 
 from gpt2dist.config import OptimSection
 from gpt2dist.model.gpt2 import GPT2Config, build
-from gpt2dist.train.optim import adamw, learning_rate
+from gpt2dist.train.optim import MuonAdamW, adamw, learning_rate
 from gpt2dist.train.trainer import dropout_seed
 
 
@@ -53,6 +54,33 @@ def test_only_matrices_decay() -> None:
     assert {"ln_f.weight", "h.0.ln_1.bias", "h.0.attn.c_attn.bias"} <= plain
     assert decayed | plain == set(names.values())
     assert not decayed & plain
+
+
+def test_muon_makes_orthogonal_updates_of_the_blocks_matrices_and_learns() -> None:
+    """Updates of size lr·0.2·√max(shape) (Liu et al. 2025); Newton–Schulz leaves singular values near 1."""
+    model = build(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=16), 0)
+    optimizer = MuonAdamW(model, OptimSection(name="muon", lr=0.01, min_lr=0.0, weight_decay=0.0))
+    tokens = torch.randint(0, 50257, (4, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for step in range(20):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        loss = model(tokens)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        for name, p in model.named_parameters() if step == 0 else []:
+            change = (p.detach() - before[name]) / 0.01
+            if name.startswith("h.") and p.ndim == 2:
+                values = torch.linalg.svdvals(change) / (0.2 * max(p.shape) ** 0.5)
+                assert values.median() > 0.5, name
+                assert values.max() < 1.5, name
+            else:  # AdamW's first step has the gradient's sign, and its size is lr
+                assert change.abs().max() < 1.001, name
+    assert losses[-1] < losses[0] - 2
+    states = [set(optimizer.state[p]) for p in model.parameters()]
+    assert states.count({"momentum_buffer"}) == 8
+    assert states.count({"step", "exp_avg", "exp_avg_sq"}) == len(states) - 8
 
 
 def test_dropout_seeds_differ() -> None:

@@ -1,0 +1,54 @@
+"""Peak memory of a rank as measured ÷ as `--dry-run` predicts, two gloo ranks: `python -m tests.bench.memory`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2dist.cluster import plan
+from gpt2dist.config import RunConfig
+from gpt2dist.train.engine import Engine
+from tests.conftest import tiny_run
+from tests.ranks import run_ranks
+
+WORLD = 2
+SHAPE: dict[str, Any] = {
+    "model": {"n_layer": 4, "n_head": 6, "n_embd": 384},
+    "data": {"seq_len": 256},
+    "batch": {"micro_sequences": 2, "micro_batches": 4},
+}
+
+
+def peak(run: RunConfig) -> int:
+    """Bytes by which this rank has grown after a step and a half of two micro-batches each."""
+    engine = Engine(run, torch.device("cpu"))
+    for _ in range(2):
+        for _ in range(engine.gas):
+            shape = (run.batch.micro_sequences, run.data.seq_len + 1)
+            engine.forward_backward(torch.randint(0, 50257, shape), padding=False)
+        engine.step(1e-4)
+    result = engine.memory.bytes()
+    engine.close()
+    return result
+
+
+def rows(precision: str = "bf16") -> list[dict[str, Any]]:
+    """One row a stage: the median, smallest and largest ratio over the ranks; `bar` is how far from 1 it may be."""
+    table = []
+    for stage in (1, 2, 3):
+        run = tiny_run(train__precision=precision, train__zero_stage=stage, **SHAPE)
+        predicted = sum(plan.memory(run).values())
+        with tempfile.TemporaryDirectory() as name:
+            ratios = [p / predicted for p in run_ranks(peak, WORLD, (run,), Path(name) / "rendezvous", 150)]
+        row = {"name": f"peak memory / predicted, stage {stage}, {precision}, {WORLD} workers", "unit": "bytes ratio"}
+        table.append(row | {"ratio": sum(ratios) / len(ratios), "low": min(ratios), "high": max(ratios), "bar": 0.1})
+    return table
+
+
+if __name__ == "__main__":
+    for precision in ("bf16", "fp32"):
+        for row in rows(precision):
+            print(f"{row['name']}: {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
