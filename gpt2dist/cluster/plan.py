@@ -8,6 +8,7 @@ from typing import Any
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
+from gpt2dist.model.loss import ROWS
 from gpt2dist.train.fragment import is_muon_matrix
 
 
@@ -68,8 +69,9 @@ def memory(run: RunConfig) -> dict[str, int]:
     tokens = run.batch.micro_sequences * run.data.seq_len
     # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored.
     parts["activations"] = 17 * low * config.n_embd * config.n_layer * tokens
-    # Log-probabilities, and the gradients of these and of the logits, in fp32.
-    parts["logits"] = 12 * config.padded_vocab_size * tokens
+    # Once, their gradient taking their place; of some rows at a time twice in fp32 (model/loss.py).
+    rows = min(tokens, ROWS["cpu" if on_cpu else "cuda"])
+    parts["logits"] = (low * tokens + 8 * rows) * config.padded_vocab_size
     if on_cpu and world > 1:
         # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
         parts["collectives"] = world * 66 * 2**20
