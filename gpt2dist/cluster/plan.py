@@ -35,11 +35,10 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
 
 
 def memory(run: RunConfig) -> dict[str, int]:
-    """Bytes of each part on one worker at the moment that needs most: when the loss goes backward for the last time.
+    """Bytes of each part on one worker at the moment that needs most, by ZeRO stage (Rajbhandari et al. 2020).
 
-    By ZeRO stage (Rajbhandari et al. 2020), as the engine allocates. Buckets in which gradients are reduced at stages 1
-    and 2 come after the logits have gone, and are smaller. tests/distributed/test_memory.py holds this against
-    measurements.
+    Beside what is always there, that is either when the loss goes backward (activations, logits), or when gradients are
+    reduced, at the end of backward. tests/distributed/test_memory.py holds this against measurements.
     """
     config = gpt2.GPT2Config.from_run(run)
     n, world, stage = gpt2.count_parameters(config, published=False), run.cluster.workers, run.train.zero_stage
@@ -57,7 +56,6 @@ def memory(run: RunConfig) -> dict[str, int]:
     if stage == 3:
         # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
         parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
-        parts["bucket"] = 4 * min(n, round(run.train.bucket_mb * 1e6 / 4))
     parts["gradients"] = 4 * share[2]  # the sum over micro-batches, fp32
     shapes = gpt2.parameter_shapes(config).items()
     of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
@@ -68,10 +66,23 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
     # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored.
-    parts["activations"] = 17 * low * config.n_embd * config.n_layer * tokens
+    activations = 17 * low * config.n_embd * config.n_layer * tokens
     # Once, their gradient taking their place; of some rows at a time twice in fp32 (model/loss.py).
     rows = min(tokens, ROWS["cpu" if on_cpu else "cuda"])
-    parts["logits"] = (low * tokens + 8 * rows) * config.padded_vocab_size
+    logits = (low * tokens + 8 * rows) * config.padded_vocab_size
+    table = low * config.padded_vocab_size * config.n_embd  # a gradient of the embedding table
+    bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
+    loss = {"activations": activations, "logits": logits, "gradient of the table": table}
+    reduce: dict[str, int] = {}
+    if stage == 1:
+        reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
+    elif stage >= 2:  # gradients in working precision that wait, the table's from both ends of the model
+        reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 2 * table}
+    if stage == 3:
+        reduce["activations"] = activations
+    if stage:
+        reduce["bucket"] = 4 * bucket
+    parts |= loss if sum(loss.values()) > sum(reduce.values()) else reduce
     if on_cpu and world > 1:
         # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
         parts["collectives"] = world * 66 * 2**20

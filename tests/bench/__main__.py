@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import generation, preparation, stream, training
+from tests.bench import generation, memory, preparation, stream, training
 from tests.bench.common import Row
 from tests.conftest import ROOT
 
@@ -24,6 +24,7 @@ BENCHMARKS = {
     "overhead": training.overhead,
     "scaling": training.scaling,
     "generation": generation.speed,
+    "memory": memory.rows,
 }
 
 

@@ -1,8 +1,9 @@
-"""Peak memory of a rank as measured ÷ as `--dry-run` predicts, two gloo ranks: `python -m tests.bench.memory`."""
+"""Peak memory of a rank as measured ÷ as `--dry-run` predicts, two gloo ranks."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from gpt2dist.cluster import plan
 from gpt2dist.config import RunConfig
 from gpt2dist.train.engine import Engine
+from tests.bench.common import Row
 from tests.conftest import tiny_run
 from tests.ranks import run_ranks
 
@@ -35,20 +37,17 @@ def peak(run: RunConfig) -> int:
     return result
 
 
-def rows(precision: str = "bf16") -> list[dict[str, Any]]:
-    """One row a stage: the median, smallest and largest ratio over the ranks; `bar` is how far from 1 it may be."""
-    table = []
-    for stage in (1, 2, 3):
-        run = tiny_run(train__precision=precision, train__zero_stage=stage, **SHAPE)
-        predicted = sum(plan.memory(run).values())
-        with tempfile.TemporaryDirectory() as name:
-            ratios = [p / predicted for p in run_ranks(peak, WORLD, (run,), Path(name) / "rendezvous", 150)]
-        row = {"name": f"peak memory / predicted, stage {stage}, {precision}, {WORLD} workers", "unit": "bytes ratio"}
-        table.append(row | {"ratio": sum(ratios) / len(ratios), "low": min(ratios), "high": max(ratios), "bar": 0.1})
-    return table
+def ratios(precision: str, stage: int) -> list[float]:
+    """Of each rank."""
+    run = tiny_run(train__precision=precision, train__zero_stage=stage, **SHAPE)
+    predicted = sum(plan.memory(run).values())
+    with tempfile.TemporaryDirectory() as name:
+        return [p / predicted for p in run_ranks(peak, WORLD, (run,), Path(name) / "rendezvous", 150)]
 
 
-if __name__ == "__main__":
+def rows() -> Iterator[Row]:
+    """One a stage and precision; each rank's ratio is to lie in 0.9 … 1.1, of which the table shows the upper end."""
     for precision in ("bf16", "fp32"):
-        for row in rows(precision):
-            print(f"{row['name']}: {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
+        for stage in (1, 2, 3):
+            name = f"peak memory / predicted, stage {stage}, {precision}, {WORLD} workers"
+            yield Row(name, ratios(precision, stage), 1.1, "bytes ratio, 0.9 at least", at_most=True)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import resource
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import psutil
 import torch
 
 from gpt2dist.config import RunConfig
@@ -139,13 +137,11 @@ def weights_digest(pieces: Iterable[tuple[str, bytes]]) -> str:
 
 
 def startup_peak(run: RunConfig) -> int:
-    """Bytes that this process needed at its peak to build the engine, beside what importing took."""
-    gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run))  # torch imports much for its first tensor without storage
-    before = psutil.Process().memory_info().rss
+    """Bytes that this process needed at its peak to build the engine."""
     engine = Engine(run, torch.device("cpu"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = engine.memory.bytes()
     engine.close()
-    return peak - before
+    return peak
 
 
 def committed_step(run: RunConfig) -> int:
