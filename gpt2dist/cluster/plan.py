@@ -76,10 +76,10 @@ def memory(run: RunConfig) -> dict[str, int]:
     reduce: dict[str, int] = {}
     if stage == 1:
         reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
-    elif stage >= 2:  # gradients in working precision that wait, the table's from both ends of the model
-        reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 2 * table}
-    if stage == 3:
-        reduce["activations"] = activations
+    elif stage >= 2:  # the table's from both ends of the model, and their sum
+        reduce = {"gradients to reduce": 3 * table}
+    if stage == 3:  # and those that wait for their bucket
+        reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 3 * table, "activations": activations}
     if stage:
         reduce["bucket"] = 4 * bucket
     parts |= loss if sum(loss.values()) > sum(reduce.values()) else reduce

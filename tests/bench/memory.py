@@ -37,17 +37,17 @@ def peak(run: RunConfig) -> int:
     return result
 
 
-def ratios(precision: str, stage: int) -> list[float]:
-    """Of each rank."""
+def ratio(precision: str, stage: int) -> float:
+    """Of the rank that needs most."""
     run = tiny_run(train__precision=precision, train__zero_stage=stage, **SHAPE)
     predicted = sum(plan.memory(run).values())
     with tempfile.TemporaryDirectory() as name:
-        return [p / predicted for p in run_ranks(peak, WORLD, (run,), Path(name) / "rendezvous", 150)]
+        return max(run_ranks(peak, WORLD, (run,), Path(name) / "rendezvous", 150)) / predicted
 
 
 def rows() -> Iterator[Row]:
-    """One a stage and precision; each rank's ratio is to lie in 0.9 … 1.1, of which the table shows the upper end."""
+    """One a stage and precision; the ratio is to lie in 0.9 … 1.1, of which the table shows the upper end."""
     for precision in ("bf16", "fp32"):
         for stage in (1, 2, 3):
             name = f"peak memory / predicted, stage {stage}, {precision}, {WORLD} workers"
-            yield Row(name, ratios(precision, stage), 1.1, "bytes ratio, 0.9 at least", at_most=True)
+            yield Row(name, [ratio(precision, stage) for _ in range(3)], 1.1, "bytes ratio, 0.9 at least", at_most=True)

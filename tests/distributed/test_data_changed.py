@@ -24,6 +24,7 @@ def audit(run_dir: str, *args: str) -> tuple[int, dict[str, Any]]:
     return result.exit_code, json.loads(result.stdout) if result.stdout else {}
 
 
+@pytest.mark.slow
 def test_another_data_set(ranks: Callable[..., list[Any]], make_data: Callable[..., str], tmp_path: Path) -> None:
     old, new, third = (make_data([3000 + 500 * i], name=f"data{i}") for i in range(3))
     changes: dict[str, Any] = {"storage": str(tmp_path), "eval__every_steps": 0}

@@ -145,6 +145,7 @@ def test_resume_is_bitwise_at_the_same_world_size(
         assert [f.sha256 for f in first.index.files] == [f.sha256 for f in second.index.files]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_muon_resumes_bitwise(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     """Also from two ranks' fragments on three ranks, but there not bitwise: torch orthogonalizes in bf16."""

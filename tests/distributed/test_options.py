@@ -25,7 +25,7 @@ OPTIONS: list[tuple[tuple[int, ...], dict[str, Any], float]] = [
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_options_change_no_loss(ranks: Ranks, precision: str) -> None:
     cases = [(stage, options, bar) for stage in (1, 2, 3) for stages, options, bar in OPTIONS if stage in stages]
     calls = []
@@ -40,6 +40,7 @@ def test_options_change_no_loss(ranks: Ranks, precision: str) -> None:
             assert case[2] or changed["state"] == plain["state"], case
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_compiled_blocks_follow_the_eager_losses_and_repeat(ranks: Ranks, stage: int) -> None:

@@ -123,6 +123,7 @@ def test_two_preparations_in_one_directory(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-m", "gpt2dist", "data", "verify", "out"], cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_task_whose_process_always_dies_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """As when memory does not suffice for a document: Ray itself would try for ever."""
     make_corpus(tmp_path, megabytes=30, shard_mb=64)

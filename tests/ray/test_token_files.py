@@ -52,6 +52,7 @@ def llmc(path: Path, encoding: tiktoken.Encoding, texts: list[str]) -> None:
             f.write(struct.pack("<H", i))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_token_files_train_to_the_losses_of_the_texts(
     tmp_path: Path, gpt2dist: Callable[..., Any], ranks: Callable[..., list[Any]]
