@@ -16,7 +16,7 @@ from gpt2dist.data import tokenizer
 from tests.bench.common import Row, interleaved, write_corpus
 
 THREADS = 2
-CORPUS_MB, SMALL_MB, LARGE_MB = 300, 500, 2000
+CORPUS_MB, SMALL_MB, LARGE_MB = 900, 500, 2000
 RUN = """
 name = "bench"
 [model]
