@@ -95,7 +95,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
             with PrepareView(console) as view, ray_session(cpus, 0, address):
-                manifest = is_up_to_date(run) or run_prepare(run, view.update)  # perhaps another one has just ended
+                manifest = run_prepare(run, view.update)
         if lock:
             lock.release()
     if as_json:
@@ -397,6 +397,7 @@ def evaluate(
     from rich.progress import track
 
     from gpt2dist.model.evaluate import Score
+    from gpt2dist.model.evaluate import evaluate as scores
     from gpt2dist.report import tables
     from gpt2dist.train import evaluation
     from gpt2dist.train.saved import open_model
@@ -404,20 +405,21 @@ def evaluate(
     saved = open_model(location, step)
     place = location if "://" in location else os.path.abspath(location)
     request = evaluation.Evaluation.of(saved, place, precision=precision, **options)
-    samples, console = len(request.ids(request.open())), make_console(stderr=True)
+    tokens = request.open()
+    ids, console = request.ids(tokens), make_console(stderr=True)
     if workers or address:
         score = _evaluate_on_ray(request, saved, workers or 1, address, as_json)
     else:
-        found = evaluation.here(request, saved)
-        batches = -(-samples // request.batch)
+        found = scores(saved.load(precision), tokens, ids, request.batch)
+        batches = -(-len(ids) // request.batch)
         score = sum(track(found, "evaluating", batches, console=console, transient=True), Score())
     values = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
     data = ", ".join(request.paths)
     if as_json:
-        what = {"step": saved.step, "data": data, "split": request.split, "samples": samples, "tokens": score.tokens}
+        what = {"step": saved.step, "data": data, "split": request.split, "samples": len(ids), "tokens": score.tokens}
         click.echo(json.dumps(what | values))
     else:
-        counts = {"sequences": f"{samples:,} of {request.open().num_samples:,}", "tokens": f"{score.tokens:,}"}
+        counts = {"sequences": f"{len(ids):,} of {tokens.num_samples:,}", "tokens": f"{score.tokens:,}"}
         rows = counts | {key: f"{value:.4f}" for key, value in values.items()}
         tables.pairs(make_console(), f"{location}, {request.split} of {data}", rows)
 
@@ -594,14 +596,11 @@ def _existing(run_dir: str) -> str:
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
     """The configuration of a run directory and its newest checkpoint."""
     from gpt2dist import storage
-    from gpt2dist.train import checkpoint as store
+    from gpt2dist.train.saved import find_checkpoint
 
     config = storage.location(_existing(run_dir)) / "config.toml"
     try:
         run = parse_toml(storage.read_bytes(config), str(config), overrides)
     except FileNotFoundError:
         raise UserError(f"{config}: no such file") from None
-    newest = store.newest(run_dir)
-    if newest is None:
-        raise UserError(f"{run_dir}: no checkpoint yet")
-    return run, newest
+    return run, find_checkpoint(run_dir)

@@ -74,7 +74,10 @@ def is_up_to_date(run: RunConfig) -> Manifest | None:
     if not p.output:
         raise UserError("prepare.output: required, but missing")
     tokenizer.load(p.vocab_dir)  # a bad vocabulary is a mistake to hear of now
-    request = _request(p, sources.inventory(p))
+    return _finished_manifest(p, _request(p, sources.inventory(p)))
+
+
+def _finished_manifest(p: PrepareSection, request: dict[str, Any]) -> Manifest | None:
     if not exists(location(p.output) / MANIFEST):
         return None
     manifest = read_manifest(p.output)
@@ -97,13 +100,16 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
     """Tokenize `prepare.sources` into `prepare.output`, by default on the running Ray cluster.
 
     Raises:
-        UserError: nothing to read, a bad record (unless they are skipped), or the output is not writable.
+        UserError: nothing to read, a bad record (unless they are skipped), the output is not writable, or holds a data
+            set made of something else.
     """
     p = run.prepare
     check_writable(p.output)
     pieces = sources.inventory(p)
     chunks = sources.cut(pieces, int(p.shard_mb * 1e6))
     request = _request(p, pieces)
+    if manifest := _finished_manifest(p, request):  # another process has just ended
+        return manifest
     absolute = run.absolute().prepare  # Ray's workers may have another working directory
     _begin(p, request)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ class Evaluation:
         """What is not given comes from the run that trained the model.
 
         Raises:
-            UserError: no data is named, or it is too short, or the sequences are too long for the model.
+            UserError: no data is named, or the sequences are too long for the model.
         """
         run, positions = saved.run, saved.config.n_positions
         paths = {data: 1.0} if data else run.absolute().data_paths if run else {}
@@ -71,30 +72,23 @@ class Evaluation:
         if seq_len > positions:
             raise UserError(f"--seq-len {seq_len} is longer than the model's n_positions = {positions}")
         batch = batch or (run.batch.micro_sequences if run else max(1, 4096 // seq_len))
-        tokens = MixedSplit(Mixture.of(paths), split, seq_len)
-        tokens.check_sizes()
-        if not tokens.num_samples:
-            count = sum(part.tokens for part in tokens.parts)
-            raise UserError(
-                f"{', '.join(paths)}: {split} has {count:,} tokens, less than one sequence of {seq_len} + 1"
-            )
         return cls(place, saved.step, precision, paths, split, seq_len, batch, batches)
 
     def open(self) -> MixedSplit:
-        """The tokens."""
-        return MixedSplit(Mixture.of(self.paths), self.split, self.seq_len)
+        """The tokens. Raises `UserError` where they are damaged, or less than one sequence."""
+        data = Mixture.of(self.paths)
+        tokens = MixedSplit(data, self.split, self.seq_len)
+        tokens.check_sizes()
+        if not tokens.num_samples:
+            count = sum(part.tokens for part in tokens.parts)
+            raise UserError(f"{data}: {self.split} has {count:,} tokens, less than one sequence of {self.seq_len} + 1")
+        return tokens
 
     def ids(self, tokens: MixedSplit) -> Ids:
         """The samples, from the front of the storage to its end: int64 [samples]."""
-        ids = permutation(tokens.num_samples, "eval")[: self.batches * self.batch if self.batches else None]
-        ids.sort()
-        return ids
-
-
-def here(e: Evaluation, saved: SavedModel) -> Iterator[Score]:
-    """The score of each batch, in this process."""
-    tokens = e.open()
-    return evaluate(saved.load(e.precision), tokens, e.ids(tokens), e.batch)
+        if not self.batches:
+            return np.arange(tokens.num_samples)
+        return np.sort(permutation(tokens.num_samples, "eval")[: self.batches * self.batch])
 
 
 def on_ray(e: Evaluation, workers: int, cpus_per_worker: float, gpus_per_worker: float) -> Score:

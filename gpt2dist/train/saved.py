@@ -56,7 +56,7 @@ def open_model(location: str, step: int | None = None, *, verify: bool = False) 
             raise UserError(f"{location}: --step: not a run directory, it has no steps") from None
         return SavedModel(hf.read_config(location), hf.read_weights(location))
     try:
-        found = _checkpoint(location, step)
+        found = find_checkpoint(location, step)
         if verify:
             checkpoint.verify(found)
         config = GPT2Config.from_run(run)
@@ -66,7 +66,8 @@ def open_model(location: str, step: int | None = None, *, verify: bool = False) 
         raise UserError(str(e)) from None
 
 
-def _checkpoint(location: str, step: int | None) -> checkpoint.Checkpoint:
+def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkpoint:
+    """The newest good checkpoint of a run directory, or the one of `step`. Raises `UserError`, `BadCheckpoint`."""
     if step is None:
         if (found := checkpoint.newest(location)) is None:
             raise UserError(f"{location}: no checkpoint yet")
