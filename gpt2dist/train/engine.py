@@ -122,7 +122,7 @@ class Engine:
                 block.compile()  # in place: names and structure stay
         self.ds: Any = deepspeed.initialize(
             model=_CastForward(model, working) if cast else model,
-            optimizer=MuonAdamW(model, run.optim) if run.optim.name == "muon" else adamw(model, run.optim),
+            optimizer=MuonAdamW(model, run.optim) if self.muon else adamw(model, run.optim),
             config=config,
             dist_init_required=False,
         )[0]
