@@ -216,8 +216,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     else:
         log = log_directory(run.run_dir) / "log.txt"
         # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
-        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 4)
-        gpus = math.ceil(run.cluster.workers * run.cluster.gpus_per_worker)
+        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.max_workers * run.cluster.cpus_per_worker) + 4)
+        gpus = math.ceil(run.cluster.max_workers * run.cluster.gpus_per_worker)
         failure: launch.TrainingFailed | None = None
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)  # with --json: to the log
