@@ -124,7 +124,12 @@ class LocalCluster:
         id_, address = secrets.token_hex(28), f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
         log = self.directory / f"{name}.log"
         command = [RAY, "start", "--block", f"--num-cpus={cpus:g}", f"--object-store-memory={STORE_BYTES}", *options]
-        command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats", f"--node-ip-address={address}"]
+        command += [
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--disable-usage-stats",
+            f"--node-ip-address={address}",
+        ]
         with log.open("wb") as out:
             env = {**self._env, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_}
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)

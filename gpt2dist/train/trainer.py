@@ -65,6 +65,11 @@ class NonFiniteGradients(Exception):
     """`train.max_skipped` steps in a row had gradients that are not finite; the message names them."""
 
 
+def _unflatten(values: list[float], like: list[list[float]]) -> Iterator[list[float]]:
+    rest = iter(values)
+    return (list(itertools.islice(rest, len(part))) for part in like)
+
+
 class NotSaved(Exception):
     """The last state could not be saved; the message says why."""
 
@@ -182,13 +187,8 @@ class Trainer:
         # One all-reduce carries losses and peaks (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
         peaks = [0.0] * self.world_size
         peaks[self.rank] = float(self.engine.memory.bytes())
-        wishes = self._wishes()
-        values = self.engine.sum_over_ranks([*wishes, *peaks, *losses])
-        wishes, peaks, losses = (
-            values[: len(wishes)],
-            values[len(wishes) : len(wishes) + self.world_size],
-            values[len(wishes) + self.world_size :],
-        )
+        mine = [losses, peaks, self._wishes()]
+        losses, peaks, wishes = _unflatten(self.engine.sum_over_ranks([v for part in mine for v in part]), mine)
         seconds = time.perf_counter() - start
         metrics = {
             "step": self.step,

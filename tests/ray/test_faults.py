@@ -24,7 +24,7 @@ TWO_NODES: dict[str, Any] = {
     "cluster__cpus_per_worker": 2,
     "cluster__resize_interval_s": 5.0,
     "checkpoint__every_steps": 50,
-    "train__steps": 400,
+    "train__steps": 100_000,
 }
 
 
@@ -40,17 +40,22 @@ def on_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[LocalCluster], None
     return join
 
 
-def undisturbed(run: RunConfig, ranks: Callable[..., list[Any]], world_size: int) -> RunConfig:
-    """The same run with nothing happening to it, and without Ray."""
-    other = run.model_copy(update={"name": "undisturbed"})
-    ranks(jobs.train_runs, world_size, [other])
-    return other
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> str:
-    output, _ = process.communicate(timeout=seconds)
+def stop(process: subprocess.Popen[str], run: RunConfig) -> str:
+    """Ctrl-C, some steps after the newest start."""
+    resumed = events(run, "start")[-1]["step"]
+    wait_for(lambda: steps_done(run) >= resumed + 10)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    return output
+    return str(output)
+
+
+def undisturbed(run: RunConfig, ranks: Callable[..., list[Any]], world_size: int) -> dict[int, float]:
+    """The losses of the same run as far as it came, with nothing happening to it, and without Ray."""
+    train = run.train.model_copy(update={"stop_at": steps_done(run)})
+    other = run.model_copy(update={"name": "undisturbed", "train": train})
+    ranks(jobs.train_runs, world_size, [other], timeout=240)
+    return logged(other)
 
 
 @pytest.mark.timeout(420)
@@ -63,7 +68,6 @@ def test_drained_node_costs_no_step(
 ) -> None:
     """Two workers on two nodes; one is drained with 20 s of notice. The other goes on, with no step done twice."""
     run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **TWO_NODES)
-    reference = undisturbed(run, ranks, 2)
     with LocalCluster() as cluster:
         cluster.add_node(3)
         second = cluster.add_node(3)
@@ -76,7 +80,7 @@ def test_drained_node_costs_no_step(
             wait_for(lambda: any(e["reason"] == "preempted" for e in events(run, "end")), 30)
             wait_for(lambda: len(events(run, "start")) == 2, 90)
             second.kill()
-            output = finish(process)
+            output = stop(process, run)
     (notice,) = events(run, "preemption")
     assert notice["action"] in ("save", "leave")
     first, again = events(run, "start")
@@ -84,8 +88,8 @@ def test_drained_node_costs_no_step(
     assert again["redone_steps"] == 0
     assert events(run, "failure") == []
     assert "taken away" in output
-    assert logged(run) == pytest.approx(logged(reference), abs=1e-5)
-    assert_audit(gpt2dist, run, run.train.steps)
+    assert logged(run) == pytest.approx(undisturbed(run, ranks, 2), abs=1e-5)
+    assert_audit(gpt2dist, run, steps_done(run))
 
 
 @pytest.mark.slow
@@ -104,11 +108,11 @@ def test_notice_too_short_for_a_save(
             cluster.drain(second, 1)
             wait_for(lambda: len(events(run, "start")) == 2, 120)
             second.kill()
-            finish(process)
+            stop(process, run)
     (notice,) = events(run, "preemption")
     assert notice["action"] == "lost"
     assert events(run, "start")[1]["redone_steps"] > 0
-    assert_audit(gpt2dist, run, run.train.steps)
+    assert_audit(gpt2dist, run, steps_done(run))
 
 
 @pytest.mark.timeout(420)
@@ -120,8 +124,7 @@ def test_group_grows_with_the_cluster_and_shrinks_when_a_node_dies(
     on_cluster: Callable[[LocalCluster], None],
 ) -> None:
     """One node, then two (saved first: nothing is done again), then one of them dies without notice."""
-    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **TWO_NODES | {"train__steps": 1500})
-    reference = undisturbed(run, ranks, 2)
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **TWO_NODES)
     with LocalCluster() as cluster:
         cluster.add_node(3)
         on_cluster(cluster)
@@ -133,13 +136,13 @@ def test_group_grows_with_the_cluster_and_shrinks_when_a_node_dies(
             wait_for(lambda: steps_done(run) >= resumed + 60)
             second.kill()
             wait_for(lambda: len(events(run, "start")) == 3, 180)
-            finish(process)
+            stop(process, run)
     starts = events(run, "start")
     assert [e["world_size"] for e in starts] == [1, 2, 1]
     assert starts[1]["redone_steps"] == 0
     assert [e["workers"] for e in events(run, "resize")] == [2]
-    assert logged(run) == pytest.approx(logged(reference), abs=1e-5)
-    assert_audit(gpt2dist, run, run.train.steps)
+    assert logged(run) == pytest.approx(undisturbed(run, ranks, 2), abs=1e-5)
+    assert_audit(gpt2dist, run, steps_done(run))
 
 
 @pytest.mark.timeout(300)
@@ -147,8 +150,9 @@ def test_stopped_worker_is_found_out(
     ranks: Callable[..., list[Any]], make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
 ) -> None:
     """SIGSTOP: within the time that is set the stacks of both ranks are written and the group starts again."""
-    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), train__steps=100, cluster__hang_timeout_s=5.0)
-    reference = undisturbed(run, ranks, 2)
+    run = tiny_run(
+        storage=str(tmp_path), data__path=make_data([30_000]), train__steps=100_000, cluster__hang_timeout_s=5.0
+    )
     with training(write(run, tmp_path)) as process:
         wait_for(lambda: steps_done(run) >= 6)
         workers = [p for p in process.descendants() if "RayTrainWorker" in " ".join(p.cmdline())]  # type: ignore[attr-defined]
@@ -156,10 +160,10 @@ def test_stopped_worker_is_found_out(
         wait_for(lambda: events(run, "hang"), 15)
         wait_for(lambda: len(events(run, "start")) == 2, 60)
         assert not psutil.pid_exists(workers[-1].pid) or workers[-1].status() == psutil.STATUS_ZOMBIE
-        finish(process)
+        stop(process, run)
     stacks = sorted((Path(run.run_dir) / "stacks").iterdir())
     assert [path.name for path in stacks] == ["attempt-1-rank-00000.txt", "attempt-1-rank-00001.txt"]
     for path in stacks:
         assert "trainer.py" in path.read_text()
-    assert logged(run) == logged(reference)
-    assert_audit(gpt2dist, run, 100)
+    assert logged(run) == undisturbed(run, ranks, 2)
+    assert_audit(gpt2dist, run, steps_done(run))
