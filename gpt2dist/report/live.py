@@ -71,7 +71,8 @@ def describe(event: dict[str, Any]) -> str | None:
     if kind == "resize":
         return f"going on with {event['workers']} workers"
     if kind == "hang":
-        return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; stacks of all are in {rundir.STACKS}/"
+        where = f"stacks of all are in {rundir.STACKS}/"
+        return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; {where}"
     if kind == "save_failed":
         return f"step {event['step']} could not be saved ({event['reason']}); trying again later"
     if kind == "eval":

@@ -323,4 +323,6 @@ def first_cause(failures: dict[int, Exception]) -> str:
         text = "its process died"
     else:
         text = f"{type(cause).__name__}: {cause}"
+    if "by peer" in text and "gloo" in text:  # the other one is not yet known to be dead
+        text = "lost the connection to another worker"
     return f"worker {rank}: {text.splitlines()[0]}"
