@@ -171,6 +171,8 @@ class TrainSection(Section):
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""
+    nan_at: list[int] = []
+    """Steps whose gradients are made NaN on purpose, to see what becomes of a run."""
     rewind: bool = False
     """After `rewind_after` steps in a row whose loss is not finite or has jumped (`spike`), go back to the last
     checkpoint before them and leave their samples out; events.jsonl names the documents."""

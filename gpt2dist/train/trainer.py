@@ -232,7 +232,8 @@ class Trainer:
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
             torch.manual_seed(dropout_seed(self.run.seed, self.step, micro_batch))
-            loss = self.engine.forward_backward(tokens, padding=padding)
+            spoilt = self.step in self.run.train.nan_at
+            loss = self.engine.forward_backward(tokens, padding=padding, spoilt=spoilt)
             if not padding:
                 pending.append((micro_batch, loss))
         for micro_batch, loss in pending:  # read only now: a read waits for the device
