@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -12,36 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
 
 from gpt2dist import __version__
+from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.plan import plan
 from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
 
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors that a user can mend into one line."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except UserError as e:
-            _fail(str(e), 2)
-
-    return run
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
-
-
-set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
 precision_option = click.option(
@@ -62,6 +42,9 @@ def main() -> None:
       gpt2dist train jobs/smoke.toml
       gpt2dist generate runs/smoke --prompt "import os"
     """
+
+
+main.add_command(plan)
 
 
 @main.command()
@@ -231,7 +214,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
                 except launch.TrainingFailed as e:
                     failure = e
         if failure:
-            _fail(f"training failed: {failure}; log: {log}", 1)
+            fail(f"training failed: {failure}; log: {log}", 1)
     if lock:
         lock.release()
     if as_json:
@@ -241,14 +224,14 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
 
 
 def _dry_run(run: RunConfig, as_json: bool) -> None:
-    from gpt2dist.cluster import plan
+    from gpt2dist.cluster.plan import arithmetic, memory
     from gpt2dist.report import tables
 
-    numbers, memory = plan.arithmetic(run), plan.memory(run)
+    numbers, parts = arithmetic(run), memory(run)
     if as_json:
-        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": memory}))
+        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": parts}))
     else:
-        tables.dry_run(make_console(), run, numbers, memory)
+        tables.dry_run(make_console(), run, numbers, parts)
 
 
 def _outcome(run: RunConfig) -> dict[str, Any]:
@@ -445,7 +428,7 @@ def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None
                 return evaluation.on_ray(request, workers, cpus, gpus)
             except TrainingFailed as e:
                 failure = e
-    _fail(f"evaluation failed: {failure}; log: {log}", 1)
+    fail(f"evaluation failed: {failure}; log: {log}", 1)
 
 
 @main.command()
