@@ -19,6 +19,7 @@ from rich.console import Console
 from gpt2dist import __version__
 from gpt2dist.commands.cluster import cluster
 from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.plan import plan
 from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
 
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 main.add_command(cluster)
+main.add_command(plan)
 
 
 @main.command()
@@ -224,14 +226,14 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
 
 
 def _dry_run(run: RunConfig, as_json: bool) -> None:
-    from gpt2dist.cluster import plan
+    from gpt2dist.cluster.plan import arithmetic, memory
     from gpt2dist.report import tables
 
-    numbers, memory = plan.arithmetic(run), plan.memory(run)
+    numbers, parts = arithmetic(run), memory(run)
     if as_json:
-        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": memory}))
+        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": parts}))
     else:
-        tables.dry_run(make_console(), run, numbers, memory)
+        tables.dry_run(make_console(), run, numbers, parts)
 
 
 def _outcome(run: RunConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ LAYERS = [
         "gpt2dist.train.profile",
         "gpt2dist.train.fragment",
         "gpt2dist.train.fragment_file",
+        "gpt2dist.train.interval",
         "gpt2dist.train.rundir",
     ],
     ["gpt2dist.model"],
