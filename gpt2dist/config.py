@@ -265,8 +265,20 @@ class ClusterSection(Section):
     """CPUs that Ray reserves for a worker; also its threads."""
     gpus_per_worker: float = Field(default=0, ge=0, le=1)
     """1 trains on CUDA with NCCL, 0 on the CPU with gloo."""
+    accelerator: str = ""
+    """Train only on machines with these GPUs, by Ray's name (`A100`, `H100`, `L4`, …); by default on any."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts of the worker group after failures; -1 is without limit."""
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that may train."""
+        return self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that may train."""
+        return self.workers
 
 
 class RunConfig(Section):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,12 +16,50 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
-from gpt2dist.commands.common import command, fail, json_option
+from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.config import UserError
 
 
 @click.group()
 def cluster() -> None:
     """Check a cluster's files; watch for spot notices."""
+
+
+@cluster.command("check")
+@click.argument("files", nargs=-1, required=True, type=click.Path())
+@click.option("--run", "run_file", metavar="RUN.toml", help="A run that shall train there.")
+@set_option
+@json_option
+@command
+def check(files: tuple[str, ...], run_file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Find mistakes in cluster files of `ray up` and in KubeRay manifests, before anything is started.
+
+    Exit code 1 if there is an error, 0 if there are warnings at most, 2 if a file cannot be read. Needs no network.
+
+    \b
+    Example:
+      gpt2dist cluster check cluster.yaml --run jobs/gpt2_124m.toml
+      gpt2dist cluster check jobs/kuberay/*.yaml --json
+    """
+    from gpt2dist.cluster.check import check_files
+
+    if overrides and not run_file:
+        raise UserError("--set changes keys of the run: give it with --run")
+    report = check_files(list(files), run_file, overrides)
+    if as_json:
+        findings = [dataclasses.asdict(finding) for finding in report.findings]
+        click.echo(json.dumps({"findings": findings, "errors": report.errors, "todo": report.todo}))
+    else:
+        for finding in report.findings:
+            place = f"{finding.file}:{finding.line}" if finding.line else finding.file
+            click.echo(f"{place}: {finding.severity}: {finding.key}: {finding.what}")
+            click.echo(f"    → {finding.fix}")
+        warnings = len(report.findings) - report.errors
+        click.echo(f"{len(files)} files: {report.errors} errors, {warnings} warnings")
+        for line in report.todo:
+            click.echo(f"before ray up: {line}")
+    if report.errors:
+        sys.exit(1)
 
 
 @cluster.command("spot-watch")

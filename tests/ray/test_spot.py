@@ -87,12 +87,12 @@ def cluster(port: int, logs: Path) -> Iterator[None]:
         command = [RAY, "start", *common, *head, "--temp-dir", directory]
         env = {**SECRETS, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
         stack.enter_context(process(*command, log=logs / "head.log", **env))
-        until(lambda: can_connect(port), 60, "the head listens")
+        until(lambda: can_connect(port), 120, "the head listens")
         for address in (FIRST, SECOND):  # one after the other: they share a directory, and take file names there
             log = logs / f"{address}.log"
             own = ["--address", f"{HEAD}:{port}", "--node-ip-address", address, "--num-cpus=1"]
             stack.enter_context(process(RAY, "start", *common, *own, log=log, **env))
-            until(lambda log=log: "Ray runtime started" in log.read_text(), 60, "the worker runs")
+            until(lambda log=log: "Ray runtime started" in log.read_text(), 120, "the worker runs")
         yield
 
 
@@ -108,7 +108,7 @@ def daemon(service: Metadata, address: str, log: Path, **env: str) -> Any:
     return process(*command, "--address", address, "--node-ip", SECOND, log=log, **{**SECRETS, **env})
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_notice_drains_this_node_and_no_other_whatever_happened_before(tmp_path: Path) -> None:
     port = free_port()
     address = f"{HEAD}:{port}"
@@ -143,7 +143,7 @@ def test_notice_drains_this_node_and_no_other_whatever_happened_before(tmp_path:
         assert (twice.returncode, twice.stdout) == (0, "spot-watch runs here already\n")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_head_that_is_away_and_a_wrong_token_do_not_end_it(tmp_path: Path) -> None:
     port = free_port()
     address = f"{HEAD}:{port}"
