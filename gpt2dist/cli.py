@@ -18,6 +18,7 @@ from rich.console import Console
 
 from gpt2dist import __version__
 from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.jobs import jobs, submit
 from gpt2dist.commands.plan import plan
 from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
@@ -45,6 +46,8 @@ def main() -> None:
 
 
 main.add_command(plan)
+main.add_command(submit)
+main.add_command(jobs)
 
 
 @main.command()
@@ -61,6 +64,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
       gpt2dist prepare jobs/smoke.toml --set 'prepare.sources=["texts/*.jsonl"]'
     """
     run = load_run(run_file, overrides)
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.data.prepare import is_up_to_date
     from gpt2dist.data.prepare import prepare as run_prepare
@@ -180,6 +184,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     if dry_run:
         _dry_run(run, as_json)
         return
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
     from gpt2dist.storage import acquire_lock, log_directory
@@ -221,6 +226,13 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         click.echo(json.dumps(_outcome(run)))
     else:
         tables.finished(make_console(), run, time.time() - started, run_file)
+
+
+def _check_in_a_job(run: RunConfig, run_file: str) -> None:
+    from gpt2dist.cluster.jobs import IN_A_JOB, check_places
+
+    if IN_A_JOB in os.environ:
+        check_places(run, run_file)
 
 
 def _dry_run(run: RunConfig, as_json: bool) -> None:
