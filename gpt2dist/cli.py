@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,15 +204,15 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     else:
         log = log_directory(run.run_dir) / "log.txt"
         # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
-        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 4)
-        gpus = math.ceil(run.cluster.workers * run.cluster.gpus_per_worker)
+        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.max_workers * run.cluster.cpus_per_worker) + 4)
+        gpus = math.ceil(run.cluster.max_workers * run.cluster.gpus_per_worker)
         failure: launch.TrainingFailed | None = None
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
-            with _stop_signals(console) as stop, ray_session(cpus, gpus, address):
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
                 job = launch.TrainJob(run)
-                stop.append(job.request_stop)
+                on_stop(job.request_stop)
                 live.follow(run, console, job.done, started)
                 try:
                     job.check()
@@ -262,8 +262,8 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console) -> Any:
-    """First SIGINT or SIGTERM: call what is in the yielded list (save and end). Second: exit at once."""
+def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """First SIGINT or SIGTERM: do what was given to the yielded function (save and end). Second: exit at once."""
     actions: list[Callable[[], None]] = []
     seen: list[int] = []
 
@@ -275,9 +275,14 @@ def _stop_signals(console: Console) -> Any:
         for action in actions:
             action()
 
+    def on_stop(action: Callable[[], None]) -> None:
+        actions.append(action)
+        for number in previous:  # once more: Ray, which has started meanwhile, puts its own in the place of SIGTERM's
+            signal.signal(number, handle)
+
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield actions
+        yield on_stop
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
