@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from gpt2dist import __version__
 from gpt2dist.commands.cluster import cluster
 from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.jobs import jobs, submit
 from gpt2dist.commands.plan import plan
 from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
@@ -47,6 +48,8 @@ def main() -> None:
 
 main.add_command(cluster)
 main.add_command(plan)
+main.add_command(submit)
+main.add_command(jobs)
 
 
 @main.command()
@@ -63,6 +66,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
       gpt2dist prepare jobs/smoke.toml --set 'prepare.sources=["texts/*.jsonl"]'
     """
     run = load_run(run_file, overrides)
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.data.prepare import is_up_to_date
     from gpt2dist.data.prepare import prepare as run_prepare
@@ -182,6 +186,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     if dry_run:
         _dry_run(run, as_json)
         return
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
     from gpt2dist.storage import acquire_lock, log_directory
@@ -201,15 +206,15 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     else:
         log = log_directory(run.run_dir) / "log.txt"
         # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
-        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 4)
-        gpus = math.ceil(run.cluster.workers * run.cluster.gpus_per_worker)
+        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.max_workers * run.cluster.cpus_per_worker) + 4)
+        gpus = math.ceil(run.cluster.max_workers * run.cluster.gpus_per_worker)
         failure: launch.TrainingFailed | None = None
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
-            with _stop_signals(console) as stop, ray_session(cpus, gpus, address):
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
                 job = launch.TrainJob(run)
-                stop.append(job.request_stop)
+                on_stop(job.request_stop)
                 live.follow(run, console, job.done, started)
                 try:
                     job.check()
@@ -223,6 +228,13 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         click.echo(json.dumps(_outcome(run)))
     else:
         tables.finished(make_console(), run, time.time() - started, run_file)
+
+
+def _check_in_a_job(run: RunConfig, run_file: str) -> None:
+    from gpt2dist.cluster.jobs import IN_A_JOB, check_places
+
+    if IN_A_JOB in os.environ:
+        check_places(run, run_file)
 
 
 def _dry_run(run: RunConfig, as_json: bool) -> None:
@@ -252,8 +264,8 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console) -> Any:
-    """First SIGINT or SIGTERM: call what is in the yielded list (save and end). Second: exit at once."""
+def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """First SIGINT or SIGTERM: do what was given to the yielded function (save and end). Second: exit at once."""
     actions: list[Callable[[], None]] = []
     seen: list[int] = []
 
@@ -265,9 +277,14 @@ def _stop_signals(console: Console) -> Any:
         for action in actions:
             action()
 
+    def on_stop(action: Callable[[], None]) -> None:
+        actions.append(action)
+        for number in previous:  # once more: Ray, which has started meanwhile, puts its own in the place of SIGTERM's
+            signal.signal(number, handle)
+
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield actions
+        yield on_stop
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)

@@ -20,7 +20,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.model import gpt2
 from gpt2dist.storage import exists, location
 from gpt2dist.train import rundir
-from gpt2dist.train.interval import expected_goodput, young_daly
+from gpt2dist.train.interval import WRITES_APART, expected_goodput, young_daly
 
 MFU = 0.4
 """Where none is given: what others reach on A100s with models of these sizes (docs/plan.md)."""
@@ -31,6 +31,8 @@ GPU_CONTEXT_GIB, PROCESS_GIB = 1.0, 0.5
 """What CUDA and NCCL take of a GPU, and Python and its libraries of a host, for each worker."""
 HOST_SHARE = 0.7
 """Of a machine's memory; Ray's object store takes the rest."""
+SNAPSHOT_GB_PER_S = 10.0
+"""At which a worker copies its part of the state to host memory, before it is written in the background."""
 DATA_CPUS = 1
 """Of each machine, left to the stream."""
 FAILURES_PER_DAY = 419 / 54 / 2048
@@ -294,8 +296,10 @@ class Setup:
     network_s: float
     """The least that communication takes of a step; where it is all of it, the network is what holds the run up."""
     tokens_per_s: float
-    save_s: float
+    stall_s: float
     """For which a save holds up the training."""
+    write_s: float
+    """Until a save is on storage."""
     on_demand: Cost
     spot: Cost
 
@@ -339,16 +343,18 @@ class Planner:
         compute = compute_seconds(run, self.known.device_of(machine), self.assumed.mfu)
         network = network_seconds(run, machine, machines)
         step = max(compute, network)
-        save = numbers["checkpoint_bytes"] / (machines * self.assumed.storage_gb_per_s * 1e9)
+        write = numbers["checkpoint_bytes"] / (machines * self.assumed.storage_gb_per_s * 1e9)
+        snapshot = numbers["checkpoint_bytes"] / (run.cluster.max_workers * SNAPSHOT_GB_PER_S * 1e9)
+        stall = snapshot if run.checkpoint.background else write
         work = numbers["tokens"] / numbers["tokens_per_step"] * step
         rates = {"on_demand": FAILURES_PER_DAY, "spot": self.assumed.preemptions_per_day}
         prices = {"on_demand": machine.on_demand_usd_per_hour, "spot": machine.spot_usd_per_hour}
-        costs = {kind: self._cost(work, save, machines, rates[kind], prices[kind]) for kind in rates}
+        costs = {kind: self._cost(work, stall, write, machines, rates[kind], prices[kind]) for kind in rates}
         return Setup(
             name=candidate.name,
             instance_type=candidate.instance_type,
             machines=machines,
-            workers=run.cluster.workers,
+            workers=run.cluster.max_workers,
             options=row.options,
             memory_bytes=row.total,
             memory_limit_bytes=memory_limit(run, machine),
@@ -356,24 +362,33 @@ class Planner:
             step_s=step,
             network_s=network,
             tokens_per_s=numbers["tokens_per_step"] / step,
-            save_s=save,
+            stall_s=stall,
+            write_s=write,
             **costs,
         )
 
-    def _cost(self, work_s: float, save_s: float, machines: int, rate: float, price: float | None) -> Cost:
+    def _cost(
+        self, work_s: float, stall_s: float, write_s: float, machines: int, rate: float, price: float | None
+    ) -> Cost:
         mtbf = 86400 / (rate * machines) if rate else math.inf
-        interval = min(young_daly(save_s, mtbf), work_s)
-        goodput = expected_goodput(interval, save_s, self.assumed.restart_seconds, mtbf)
+        interval = min(max(young_daly(stall_s, mtbf), WRITES_APART * write_s), work_s)
+        late = write_s if write_s > stall_s else 0.0
+        goodput = expected_goodput(interval, stall_s, self.assumed.restart_seconds, mtbf, late)
         hours = work_s / 3600 / goodput if goodput else math.inf
         head = (self.head.on_demand_usd_per_hour or 0.0) if self.head else 0.0
         usd = None if price is None else hours * (machines * price + head)
         return Cost(mtbf, interval, goodput, hours, usd)
 
     def as_written(self, candidates: Iterable[Candidate]) -> list[Setup]:
-        """The run file's workers and options on each kind of machine."""
-        workers = self.run.cluster.workers
-        counts = [(c, -(-workers // max(1, workers_per_machine(self.run, c.machine)))) for c in candidates]
-        return [self.setup(candidate, count) for candidate, count in counts]
+        """The run file's workers and options on each kind of machine; of [min, max] as many as there can be."""
+        return [self._as_written(candidate) for candidate in candidates]
+
+    def _as_written(self, candidate: Candidate) -> Setup:
+        cluster, each = self.run.cluster, max(1, workers_per_machine(self.run, candidate.machine))
+        machines, most = -(-cluster.max_workers // each), candidate.max_machines
+        if most is not None and machines > most and cluster.min_workers <= each * most:
+            return self.setup(candidate, most, options_of(self.run).of(self.run, each * most))
+        return self.setup(candidate, machines)
 
     def smallest(self, candidate: Candidate) -> Setup | None:
         """The fewest machines of a kind, all of whose workers are used, with the options that are fastest there."""

@@ -19,7 +19,7 @@ def show(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:
     rows = {
         "parameters": f"{result['parameters']:,}",
         "the run": f"{run.train.steps:,} steps, {result['tokens'] / 1e9:,.3g} B tokens, {result['flops']:.3g} FLOPs",
-        "as written": f"{run.cluster.workers} workers, {result['own_options']}, {run.train.precision}",
+        "as written": f"{run.cluster.max_workers} workers, {result['own_options']}, {run.train.precision}",
         "a checkpoint": f"{one}; at most {kept} of storage for those that are kept",
     }
     pairs(console, run.name, rows)
@@ -33,7 +33,7 @@ def _memory(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None
     on_gpu = run.cluster.gpus_per_worker > 0
     groups = list(result["memory"][0]["groups"]) if result["memory"] else []
     table = _table(
-        f"memory of one of {run.cluster.workers} workers, GB", ["options", *groups, "total", "host", "fits on"]
+        f"memory of one of {run.cluster.max_workers} workers, GB", ["options", *groups, "total", "host", "fits on"]
     )
     for row in result["memory"]:
         numbers = [*(row["groups"][name] for name in groups), row["total"], row["host"]]

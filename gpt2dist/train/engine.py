@@ -111,6 +111,8 @@ class Engine:
 
         if device.type == "cpu":
             _build_cpu_collectives()
+            # DeepSpeed refuses fp16 on CPUs that have no units for it; torch computes it on all.
+            get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_init_required=False)
         config = _deepspeed_config(run, self.world_size, self.gas)
         working = DTYPES[run.train.precision]

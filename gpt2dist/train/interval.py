@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 
+WRITES_APART = 10
+"""Saves that are written in the background begin at least this many times as long apart as one takes to be written."""
+
 
 def young_daly(save_seconds: float, mtbf_seconds: float) -> float:
     """Seconds of training between two checkpoints that waste the least: √(2·M·δ) (Young 1974; Daly 2006).

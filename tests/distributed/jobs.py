@@ -31,6 +31,7 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     start = trainer.step
     blocks = local_blocks(run, engine.rank, engine.world_size, start)
     trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, start))
+    trainer.close()
     result = {"start": start, "elements": owned_elements(engine), "scalars": engine.scalars()}
     engine.close()
     return result

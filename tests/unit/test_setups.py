@@ -146,6 +146,14 @@ def test_what_keeps_a_run_off_a_machine(run: RunConfig, machine: Candidate, mach
     assert setup.fits == (why == "")
 
 
+def test_elastic_run_takes_what_there_may_be() -> None:
+    run = gpu_run(cluster__workers=[8, 32])
+    assert planner(run).as_written([candidate("p4d.24xlarge")])[0].workers == 32
+    (setup,) = planner(run).as_written([candidate("p4d.24xlarge", 3)])
+    assert (setup.machines, setup.workers, setup.fits) == (3, 24, True)
+    assert not planner(gpu_run(cluster__workers=[32, 64])).as_written([candidate("p4d.24xlarge", 3)])[0].fits
+
+
 def test_offload_needs_host_memory() -> None:
     changes = {"model": {"preset": "1558M"}, "cluster__workers": 1, "train__offload_optimizer": True}
     (small,) = planner(gpu_run(**changes)).as_written([candidate("g6e.xlarge")])
@@ -182,10 +190,14 @@ def test_speed_and_cost_by_hand() -> None:
     assert setup.spot.usd == pytest.approx(setup.spot.hours * 9.9, rel=1e-5)
     assert setup.on_demand.goodput == pytest.approx(1, abs=2e-3)
     assert setup.on_demand.usd == pytest.approx(setup.on_demand.hours * 21.957642)
-    assert setup.save_s == pytest.approx(numbers["checkpoint_bytes"] / 1e9)
+    assert setup.write_s == pytest.approx(numbers["checkpoint_bytes"] / 1e9)
+    assert setup.stall_s == pytest.approx(setup.write_s / 80)  # 8 workers copy 10 GB/s each to host memory
     (setup,) = planner(run, mfu=0.5, preemptions_per_day=2.0).as_written([candidate("p4d.24xlarge")])
     assert setup.spot.mtbf_s == 43200
-    assert setup.spot.checkpoint_interval_s == pytest.approx(math.sqrt(2 * 43200 * setup.save_s))
+    assert setup.spot.checkpoint_interval_s == pytest.approx(math.sqrt(2 * 43200 * setup.stall_s))
+    blocking = planner(run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"background": False})}))
+    (waiting,) = blocking.as_written([candidate("p4d.24xlarge")])
+    assert waiting.stall_s == setup.write_s
     assert setup.spot.hours == pytest.approx(seconds / 3600 / setup.spot.goodput)
 
 
