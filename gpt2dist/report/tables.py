@@ -25,7 +25,7 @@ def size(number: float) -> str:
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """A two-column table."""
     if title:
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
         table.add_row(key, value)
@@ -69,12 +69,12 @@ def inspected(console: Console, manifest: Manifest, result: Mapping[str, Any], l
         table.add_row(f"{row['from']:,} - {row['below'] - 1:,}", f"{row['documents']:,}", bar)
     console.print(table)
     console.print("first document:")
-    console.print(result["sample"], markup=False)
+    console.print(result["sample"])
 
 
 def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory: Mapping[str, int]) -> None:
     """The resolved config, the batch arithmetic, and the memory of each part."""
-    console.print(run.to_toml(), markup=False)
+    console.print(run.to_toml())
     m, world, gas = numbers["micro_batches"], numbers["workers"], numbers["accumulation_steps"]
     padding = numbers["padding_micro_batches"]
     pairs(

@@ -5,6 +5,8 @@ config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl,
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpt2dist.storage import JsonLines, location, publish, read_bytes, remove
 
 REQUEST_FILE = "request"
@@ -30,6 +32,11 @@ def ledger_log(run_dir: str) -> JsonLines:
 def events_log(run_dir: str) -> JsonLines:
     """events.jsonl: starts, commits, failures, the end."""
     return JsonLines(location(run_dir) / "events.jsonl")
+
+
+def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rewinds of a run: what each left out stays out for ever."""
+    return [event for event in events if event["event"] == "rewind"]
 
 
 def request(run_dir: str, what: str) -> None:
