@@ -58,7 +58,7 @@ def check_files(files: list[str], run_file: str | None = None, overrides: tuple[
                 raise UserError(f"{file}: neither a cluster file of `ray up` nor a Kubernetes manifest")
             if run and cluster:
                 fit.check(document, run, cluster)
-            findings += sorted(document.findings, key=lambda f: (f.severity, f.line or 0))
+            findings += document.distinct()
     if run:
         findings += dict.fromkeys(run.findings)
     return Report(findings, todo)

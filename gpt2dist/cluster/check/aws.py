@@ -57,6 +57,7 @@ def check_provider(document: Document) -> None:
         document.error("provider", ("provider", "region"), "is missing", "region: us-east-1")
     elif region not in ec2_regions():
         document.error("provider", ("provider", "region"), f"AWS has no {region}", did_you_mean(region, ec2_regions()))
+        zones = ""
     for zone in filter(None, (z.strip() for z in zones.split(","))):
         if region and not re.fullmatch(rf"{re.escape(str(region))}[a-z]|{re.escape(str(region))}-[\w-]+", zone):
             fix = f"availability_zone: {region}a"
@@ -107,7 +108,9 @@ def check_node(document: Document, name: str, known: Machines) -> None:
     config = document.table(*config_path)
     schema = ec2_input("RunInstances")
     ours = {"SubnetIds": {"type": "array", "items": {"type": "string"}}}
-    check_schema(document, "node-config", {**schema, "properties": schema["properties"] | ours}, config, config_path)
+    known_keys = {**schema, "properties": schema["properties"] | ours}
+    if not check_schema(document, "node-config", known_keys, config, config_path):
+        return
     for key, fix in SET_BY_RAY.items():
         if key in config:
             document.error("node-config", (*config_path, key), "Ray overwrites this", fix)

@@ -55,11 +55,16 @@ class Document:
         self.findings.append(Finding(rule, "warning", self.file, self.line(path), key_text(path), what, fix))
 
     def line(self, path: Path) -> int | None:
-        """The line of a key; of the nearest one above it where it is missing."""
-        for end in range(len(path), -1, -1):
+        """The line of a key; of the nearest one above it where it is missing, if there is one."""
+        for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
         return None
+
+    def distinct(self) -> list[Finding]:
+        """The findings by line; what is used in several places by an alias is found once."""
+        found = {(f.rule, f.line or f.key, f.key.rpartition(".")[2], f.what): f for f in reversed(self.findings)}
+        return sorted(found.values(), key=lambda f: (f.severity, f.line or 0))
 
     def key_at(self, line: int) -> Path:
         """The key that a line belongs to."""

@@ -47,7 +47,8 @@ class RunFile:
 def check(document: Document, run_file: RunFile, cluster: Cluster) -> None:
     """Adds findings to the cluster's document and to the run's file."""
     _shared(run_file, cluster)
-    _room(document, run_file, cluster)
+    if cluster.most and any(group.most for group in cluster.groups):  # else that is what was found
+        _room(document, run_file, cluster)
 
 
 def _shared(run_file: RunFile, cluster: Cluster) -> None:
@@ -101,7 +102,7 @@ def _room(document: Document, run_file: RunFile, cluster: Cluster) -> None:
     if room < c.min_workers:
         what = f"room for {room} workers of {needs}, but {run_file.file} has {c.min_workers}"
         machines = math.ceil(c.min_workers / each[able[0].name])
-        path = able[0].most_path if able[0].most < machines else cluster.most_path
+        path = cluster.most_path if cluster.most < machines else able[0].most_path
         document.error("fit", path, what, f"allow {machines} machines of {able[0].name}, or fewer workers")
         return
     if room < c.max_workers:

@@ -150,7 +150,8 @@ def check(document: Document, pins: Pins, known: Machines) -> Cluster | None:
         _secret(document)
     if kind not in KINDS:
         return None
-    sound = check_schema(document, "kuberay-schema", _schema(kind), document.value)
+    if not check_schema(document, "kuberay-schema", _schema(kind), document.value):
+        return None
     _name(document)
     spec: Path = ("spec",)
     if kind == "RayJob":
@@ -165,7 +166,7 @@ def check(document: Document, pins: Pins, known: Machines) -> Cluster | None:
     groups += [(*spec, "workerGroupSpecs", i) for i in range(len(document.items(*spec, "workerGroupSpecs")))]
     for group in groups:
         _group(document, group, pins, is_v2(document, spec))
-    return _cluster(document, spec, known) if sound else None
+    return _cluster(document, spec, known)
 
 
 def is_v2(document: Document, spec: Path) -> bool:

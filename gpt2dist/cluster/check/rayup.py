@@ -51,11 +51,13 @@ def check(document: Document, pins: Pins, known: Machines) -> Cluster | None:
 
 def todo(document: Document) -> list[str]:
     """What `ray up` needs on this machine and does not find; it would notice only after it has started the head."""
-    known = {"~/.ray": "ray get-auth-token --generate", "build/cluster": "make dist"}
+    made_by = {"~/.ray": ("auth_token", "ray get-auth-token --generate"), "build/cluster": ("*.whl", "make dist")}
     missing = []
-    for local in document.table("file_mounts").values():
-        if isinstance(local, str) and not FilePath(local).expanduser().exists():
-            missing.append(f"{local}: " + known.get(local.rstrip("/"), "make it, or correct file_mounts"))
+    for local in map(str, document.table("file_mounts").values()):
+        content, how = made_by.get(local.rstrip("/"), ("", "make it, or correct file_mounts"))
+        place = FilePath(local).expanduser()
+        if not place.exists() or (content and not list(place.glob(content))):
+            missing.append(f"{local}: {how}")
     return missing
 
 
@@ -273,7 +275,7 @@ def _limits(document: Document) -> None:
 
 
 def _cluster(document: Document, known: Machines) -> Cluster:
-    most = int(document.number("max_workers") or 2)
+    most = document.value.get("max_workers", 2)
     groups = []
     for name, node in document.table("available_node_types").items():
         if name == document.at("head_node_type"):
