@@ -300,10 +300,9 @@ def _cluster(document: Document, known: Machines) -> Cluster:
 
 def _shared_mounts(document: Document) -> tuple[str, ...]:
     """Where a network file system that every node mounts is seen in the container."""
-    mounted = re.findall(
-        r"\bmount\b[^;&|]*\s(?:nfs4?|efs|lustre|fuse[\w.]*)\b[^;&|]*\s(/\S+)",
-        " ".join(document.strings("initialization_commands")),
-    )
+    form = re.compile(r"\bmount\b[^;&|]*\s(?:nfs4?|efs|lustre)\b[^;&|]*\s(/\S+)")
+    mounted = [m for command in document.strings("initialization_commands") for m in form.findall(command)]
     options = " ".join(document.strings("docker", "run_options"))
     volumes = re.findall(r"(?:-v|--volume)[= ](/[^:\s]+):(/[^:\s]+)", options)
-    return tuple(inside for outside, inside in volumes if any(outside.startswith(m) for m in mounted)) or tuple(mounted)
+    shared = [inside for outside, inside in volumes if any(outside.startswith(place) for place in mounted)]
+    return tuple(shared if document.table("docker").get("container_name") else mounted)

@@ -22,9 +22,7 @@ FORMS = {
 NAMES = r"[A-Za-z0-9_]*(?:SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCESS_?KEY(?:_ID)?|PRIVATE_?KEY|CREDENTIALS?)"
 SECRET_NAME = re.compile(rf"{NAMES}$", re.I)
 # NAME=value in a command or an option, name: value in YAML; not $NAME, a path, or the name of something.
-ASSIGNED = re.compile(
-    rf"(?<![A-Za-z0-9_]){NAMES}(?:=|:\s+)(?P<quote>['\"]?)(?P<value>[^\s'\"$~/<{{\[(&*,;]{{8,}})", re.I
-)
+ASSIGNED = re.compile(rf"(?<![A-Za-z0-9_]){NAMES}(?:=|:\s+)['\"]?[^\s'\"$~/<{{\[(&*,;]{{8,}}", re.I)
 FIX = "take it out and revoke it; use a role (IamInstanceProfile, serviceAccountName), a Secret or a file_mounts entry"
 
 
