@@ -715,7 +715,7 @@ def test_a_network_file_system_is_shared_storage(repository: Path) -> None:
     text = manifest.read_text()
     text = text.replace(
         "- {name: shm, mountPath: /dev/shm}",
-        "- {name: shm, mountPath: /dev/shm}\n                - {name: fsx, mountPath: /fsx}",
+        "- {name: shm, mountPath: /dev/shm}\n              - {name: fsx, mountPath: /fsx}",
     )
     text = re.sub(r"( +)volumes:\n", r"\1volumes:\n\1  - {name: fsx, persistentVolumeClaim: {claimName: fsx}}\n", text)
     manifest.write_text(text)
