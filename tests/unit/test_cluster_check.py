@@ -722,6 +722,29 @@ def test_a_network_file_system_is_shared_storage(repository: Path) -> None:
     assert found(repository, FLEET, *run) == []
 
 
+def test_spot_machines_of_other_clouds(repository: Path) -> None:
+    """Of Google Cloud and Azure neither provider nor node_config are known, but this is."""
+    text = (repository / CLUSTER).read_text()
+    spot_of_aws = "      InstanceMarketOptions: *spot\n"
+    for cloud, spot in [
+        ("gcp", "      scheduling: [{preemptible: true}]\n"),
+        ("gcp", "      scheduling: {provisioningModel: SPOT}\n"),
+        ("azure", "      azure_arm_parameters: {priority: Spot}\n"),
+    ]:
+        (repository / CLUSTER).write_text(
+            text.replace("type: aws", f"type: {cloud}")
+            .replace(spot_of_aws, spot)
+            .replace("--cloud aws", f"--cloud {cloud}")
+        )
+        assert found(repository, CLUSTER) == []
+        (repository / CLUSTER).write_text(
+            text.replace("type: aws", f"type: {cloud}").replace(
+                "      InstanceType: m7i", f"{spot}      InstanceType: m7i"
+            )
+        )
+        assert [(f.rule, f.severity) for f in found(repository, CLUSTER)] == [("spot-head", "error")]
+
+
 def test_secrets_are_not_printed(repository: Path) -> None:
     file = repository / CLUSTER
     secret = "AKIAIOSFODNN7EXAMPLE"

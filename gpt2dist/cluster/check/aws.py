@@ -40,12 +40,6 @@ def instance_type(document: Document, name: str) -> str:
     return str(document.at("available_node_types", name, "node_config", "InstanceType") or "")
 
 
-def is_spot(document: Document, name: str) -> bool:
-    """Whether machines of a node type are spot machines."""
-    path = ("available_node_types", name, "node_config", "InstanceMarketOptions", "MarketType")
-    return bool(document.at(*path) == "spot")
-
-
 def check_provider(document: Document) -> None:
     """Keys, region, zones, and who may reach the machines."""
     provider = document.table("provider")
@@ -195,16 +189,9 @@ def _resources(document: Document, path: Path, known: Machines) -> None:
 
 
 def check_head(document: Document) -> None:
-    """The head must outlive the workers, and be able to start them."""
+    """The head must be able to start workers, and needs no GPUs."""
     name = document.at("head_node_type")
     path: Path = ("available_node_types", name, "node_config")
-    if is_spot(document, name):
-        document.error(
-            "spot-head",
-            (*path, "InstanceMarketOptions", "MarketType"),
-            "the head is a spot machine: when it is taken away, the whole cluster ends",
-            "remove InstanceMarketOptions from the head",
-        )
     if "IamInstanceProfile" not in document.table(*path):
         document.warning(
             "role",

@@ -176,7 +176,7 @@ def is_v2(document: Document, spec: Path) -> bool:
 
 
 def _name(document: Document) -> None:
-    name = str(document.at("metadata", "name") or "")
+    name = str(document.at("metadata", "name") or document.at("metadata", "generateName") or "").rstrip("-")
     most = MAX_NAME[document.value["kind"]]
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > most:
         what = f"{name!r} is not lower-case letters, digits and dashes, of at most {most}"

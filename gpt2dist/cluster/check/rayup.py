@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import re
 from pathlib import Path as FilePath
 from typing import Any
@@ -26,7 +27,6 @@ DANGEROUS_DEFAULTS = {
 }
 TOKEN_ON = re.compile(r"RAY_AUTH_MODE=['\"]?token\b")
 TOKEN_OFF = re.compile(r"RAY_AUTH_MODE=['\"]?disabled\b")
-TOKEN_FIX = "put --env=RAY_AUTH_MODE=token into docker.run_options (docs/cluster.md, Security)"
 
 
 def check(document: Document, pins: Pins, known: Machines) -> Cluster | None:
@@ -68,6 +68,7 @@ def _ray_accepts(document: Document) -> bool:
     if not check_schema(document, "ray-schema", ray_up(), config):
         return False
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        logging.disable(logging.INFO)
         try:
             validate_config(prepare_config(copy.deepcopy(config)))
         except Exception as e:
@@ -76,6 +77,8 @@ def _ray_accepts(document: Document) -> bool:
             path = (key,) if key else ()
             document.error("ray-schema", path, f"Ray refuses it: {' '.join(message.split())}", "correct it")
             return False
+        finally:
+            logging.disable(logging.NOTSET)
     return True
 
 
@@ -91,6 +94,18 @@ def _defaults(document: Document) -> None:
             document.warning("default", (key,), f"is missing: Ray's default is {value}", "set it")
 
 
+def spot_key(document: Document, name: str) -> Path | None:
+    """The key that makes the machines of a node type spot machines, on AWS, Google Cloud or Azure."""
+    path: Path = ("available_node_types", name, "node_config")
+    if document.at(*path, "InstanceMarketOptions", "MarketType") == "spot":
+        return (*path, "InstanceMarketOptions", "MarketType")
+    if re.search(r"preemptible': True|'SPOT'", str(document.at(*path, "scheduling"))):
+        return (*path, "scheduling")
+    if str(document.at(*path, "azure_arm_parameters", "priority")).lower() == "spot":
+        return (*path, "azure_arm_parameters", "priority")
+    return None
+
+
 def _head(document: Document) -> None:
     name = document.at("head_node_type")
     path: Path = ("available_node_types", name)
@@ -102,6 +117,9 @@ def _head(document: Document) -> None:
             "tasks may run on the head, and take it down with everything else",
             "resources: {CPU: 0}",
         )
+    if spot := spot_key(document, name):
+        what = "the head is a spot machine: when it is taken away, the whole cluster ends"
+        document.error("spot-head", spot, what, f"remove {spot[3]} from the head")
     if (document.number(*path, "max_workers") or 0) > 0:
         document.warning(
             "head-type", (*path, "max_workers"), "workers of the head's type may be started", "max_workers: 0"
@@ -208,6 +226,7 @@ def _start(document: Document) -> None:
 def _token(document: Document) -> None:
     """Without a token whoever reaches a port of Ray runs code (CVE-2023-48022)."""
     in_docker = bool(document.table("docker").get("container_name"))
+    fix = "--env=RAY_AUTH_MODE=token in docker.run_options" if in_docker else "RAY_AUTH_MODE=token ray start …"
     common = [("docker", "run_options"), ("setup_commands",)] + ([] if in_docker else [("initialization_commands",)])
     for role in ("head", "worker"):
         start: Path = (f"{role}_start_ray_commands",)
@@ -215,9 +234,9 @@ def _token(document: Document) -> None:
         texts = {(*path, i): text for path in paths for i, text in enumerate(document.strings(*path))}
         off = next((path for path, text in texts.items() if TOKEN_OFF.search(text)), None)
         if off:
-            document.error("token", off, "token authentication is switched off", TOKEN_FIX)
+            document.error("token", off, "token authentication is switched off", fix)
         elif not any(TOKEN_ON.search(text) for text in texts.values()):
-            document.error("token", start, f"Ray on the {role} takes commands without a token", TOKEN_FIX)
+            document.error("token", start, f"Ray on the {role} takes commands without a token", fix)
     mounts = [str(remote).rstrip("/") for remote in document.table("file_mounts")]
     everything = " ".join(text for key in document.value for text in document.strings(key))
     everything += " ".join(document.strings("docker", "run_options"))
@@ -230,7 +249,7 @@ def _token(document: Document) -> None:
 
 def _spot_watch(document: Document) -> None:
     types = document.table("available_node_types")
-    if not any(aws.is_spot(document, name) for name in types if name != document.at("head_node_type")):
+    if not any(spot_key(document, name) for name in types if name != document.at("head_node_type")):
         return
     path: Path = ("worker_start_ray_commands",)
     commands = document.strings(*path)
@@ -240,7 +259,8 @@ def _spot_watch(document: Document) -> None:
             "spot-watch",
             path,
             "nothing listens for the spot notice: what was trained since the last checkpoint is lost",
-            "- setsid --fork gpt2dist cluster spot-watch --cloud aws > /tmp/spot-watch.log 2>&1 < /dev/null",
+            f"- setsid --fork gpt2dist cluster spot-watch --cloud {document.at('provider', 'type')} "
+            "> /tmp/spot-watch.log 2>&1 < /dev/null",
         )
     elif not re.search(r"setsid|nohup.*&|&\s*\)?$|systemd-run", commands[watching]):
         document.error(
