@@ -79,6 +79,7 @@ class LocalCluster:
         token.write_text(secrets.token_hex(32))
         self._env = {
             **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # of `python` in a job
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -127,6 +128,7 @@ class LocalCluster:
         command += [
             "--min-worker-port=0",
             "--max-worker-port=0",
+            f"--dashboard-agent-listen-port={free_port()}",  # through which jobs go; Ray's default is one for all
             "--disable-usage-stats",
             f"--node-ip-address={address}",
         ]
