@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ from gpt2dist.config import UserError
 
 @click.group()
 def cluster() -> None:
-    """Check a cluster's files; watch for spot notices."""
+    """Check a cluster's files; watch for spot notices; run a small cluster on this machine."""
 
 
 @cluster.command("check")
@@ -124,3 +125,36 @@ def _ask_once(source: Any, as_json: bool) -> None:
         click.echo(json.dumps({"notice": notice and {"what": notice.what, "deadline": notice.deadline}}))
     else:
         click.echo(f"{notice.what} in {notice.deadline - time.time():.0f} s" if notice else "no notice")
+
+
+@cluster.command("local")
+@click.option("--nodes", default=2, show_default=True, type=click.IntRange(min=1), help="Beside the head.")
+@click.option("--cpus", default=2, show_default=True, type=click.IntRange(min=1), help="Logical CPUs of each.")
+@command
+def local(nodes: int, cpus: int) -> None:
+    """Run a Ray cluster of several nodes on this machine until Ctrl-C, to try things out.
+
+    Real `ray start` processes on loopback, in a private directory, with a token of their own.
+
+    \b
+    Example:
+      gpt2dist cluster local --nodes 3
+    """
+    from gpt2dist.cluster.local import LocalCluster, NodeFailed
+
+    stopped: list[int] = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda signum, _: stopped.append(signum))
+    try:
+        with LocalCluster() as started:
+            for n in range(nodes):
+                click.echo(f"starting node {n + 1} of {nodes}", err=True)
+                started.add_node(cpus)
+            click.echo("in another terminal:\n")
+            for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                click.echo(f"  export {name}={started.env[name]}")
+            click.echo("  gpt2dist train jobs/smoke.toml\n\nCtrl-C ends all nodes")
+            while not stopped and started.head.alive():
+                time.sleep(0.5)
+    except NodeFailed as e:
+        fail(str(e), 1)
