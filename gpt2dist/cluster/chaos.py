@@ -37,6 +37,8 @@ AWAY_S = 10.0
 """For so long the storage is away, or the disk full."""
 REPLACED_AFTER_S = 5.0
 """A machine that has gone is replaced after so long."""
+WORKER_CPUS, NODE_CPUS = 2, 3
+"""Logical ones: one worker fits on a node, and Ray Data's tasks beside it."""
 RECOVERY_S = 600.0
 """How long a run may take to come back from a fault."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -91,7 +93,6 @@ class Arena:
 
     cluster: LocalCluster
     run: RunConfig
-    node_cpus: float
     directory: Path
     say: Callable[[str], None]
     driver: subprocess.Popen[bytes] | None = None
@@ -153,9 +154,14 @@ class Arena:
         """Those that run, without the head."""
         return [node for node in self.cluster.nodes if node.alive()]
 
+    def busy_nodes(self) -> list[Node]:
+        """Those on which there is a worker."""
+        parents = {p.pid for worker in self.workers() for p in worker.parents()}
+        return [node for node in self.nodes() if node.process.pid in parents]
+
     def replace(self) -> None:
         """A new machine."""
-        self.cluster.add_node(self.node_cpus)
+        self.cluster.add_node(NODE_CPUS)
 
 
 # ---------------------------------------------------------------------- the faults
@@ -178,7 +184,7 @@ def kill_driver(arena: Arena, rng: random.Random) -> str:
 
 def kill_node(arena: Arena, rng: random.Random) -> str:
     """SIGKILL to everything on one machine."""
-    victim = rng.choice(arena.nodes())
+    victim = rng.choice(arena.busy_nodes())
     victim.kill()
     arena.later(REPLACED_AFTER_S, arena.replace)
     return f"{victim.name} killed; replaced after {REPLACED_AFTER_S:.0f} s"
@@ -186,7 +192,7 @@ def kill_node(arena: Arena, rng: random.Random) -> str:
 
 def drain_node(arena: Arena, rng: random.Random) -> str:
     """A notice, and after it the machine goes."""
-    victim = rng.choice(arena.nodes())
+    victim = rng.choice(arena.busy_nodes())
     arena.cluster.drain(victim, NOTICE_S)
     arena.later(NOTICE_S, victim.kill)
     arena.later(NOTICE_S + REPLACED_AFTER_S, arena.replace)
@@ -310,7 +316,8 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
 
 def prepared(run: RunConfig, suffix: str) -> RunConfig:
     """The run under a name of its own, patient with failures and quick to see them."""
-    cluster = run.cluster.model_copy(update={"max_failures": -1, "resize_interval_s": 5.0, "hang_timeout_s": 20.0})
+    changes = {"max_failures": -1, "resize_interval_s": 5.0, "hang_timeout_s": 20.0, "cpus_per_worker": WORKER_CPUS}
+    cluster = run.cluster.model_copy(update=changes)
     return run.absolute().model_copy(update={"name": f"{run.name}-{suffix}", "cluster": cluster})
 
 
@@ -319,11 +326,11 @@ def arena(run: RunConfig, say: Callable[[str], None]) -> Iterator[Arena]:
     """A cluster with a node for each worker, and room on it for Ray Data."""
     directory = Path(run.storage).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    cpus = run.cluster.cpus_per_worker + 1
     with LocalCluster() as cluster:
+        cluster.env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // run.cluster.max_workers))
         for _ in range(run.cluster.max_workers):
-            cluster.add_node(cpus)
-        a = Arena(cluster, run, cpus, directory, say)
+            cluster.add_node(NODE_CPUS)
+        a = Arena(cluster, run, directory, say)
         try:
             yield a
         finally:
@@ -358,6 +365,8 @@ def inject(a: Arena, plan: list[tuple[int, str]], rng: random.Random) -> list[In
         time.sleep(POLL_S)
     if done and math.isnan(done[-1].seconds):
         done[-1].seconds = time.monotonic() - since
+    if waiting:
+        raise ChaosError(f"the run was over before {', '.join(fault for _, fault in waiting)}: give it more steps")
     return done
 
 

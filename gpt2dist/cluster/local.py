@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +80,11 @@ class LocalCluster:
         token = self.directory / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        self._env = {
+        self.env = {
+            # The environment with which a command joins the cluster; its nodes have it too.
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # of `python` in a job
+            "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -91,15 +92,9 @@ class LocalCluster:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         }
-        self._env.pop("RAY_ADDRESS", None)
         port = [f"--dashboard-host={NETWORK}.1", f"--dashboard-port={self.dashboard_port}"] if dashboard else []
         head = ["--head", f"--port={self.port}", f"--temp-dir={self.directory}"]
         self.head = self._start("head", head_cpus, [*head, f"--include-dashboard={dashboard}", *port])
-
-    @property
-    def env(self) -> Mapping[str, str]:
-        """The environment with which a command joins the cluster."""
-        return {**self._env, "RAY_ADDRESS": self.address}
 
     def add_node(self, cpus: float, *options: str) -> Node:
         """A new node with so many logical CPUs; `options` for `ray start`. Raises `NodeFailed`."""
@@ -111,7 +106,7 @@ class LocalCluster:
         """Tell Ray that the node will be taken away in so many seconds, as a cloud's notice does."""
         command = [RAY, "drain-node", f"--address={self.address}", f"--node-id={node.id}", f"--reason-message={reason}"]
         how = ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--deadline-remaining-seconds={round(seconds)}"]
-        subprocess.run([*command, *how], env=self._env, check=True, capture_output=True, timeout=60)
+        subprocess.run([*command, *how], env=self.env, check=True, capture_output=True, timeout=60)
 
     def stop(self) -> None:
         """End all nodes, the head last, and remove their files."""
@@ -138,7 +133,8 @@ class LocalCluster:
             f"--node-ip-address={address}",
         ]
         with log.open("wb") as out:
-            env = {**self._env, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_}
+            env = {**self.env, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_}
+            env.pop("RAY_ADDRESS")  # `ray start` has it as an option
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_us
             )
