@@ -95,13 +95,18 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
             "of another kind; choose another name for a new run"
         )
-    _check_same_order(run, found.index.config, source)
+    _check_same_order(rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()), found.index, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
 
 
-def _check_same_order(run: RunConfig, saved: dict[str, Any], source: str) -> None:
+def _check_same_order(run: RunConfig, index: checkpoint.Index, source: str) -> None:
     """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
-    now = run.model_dump(mode="json")
+    now, saved = run.model_dump(mode="json"), index.config
+    before, after = ({(a, b) for a, b in table["data"].get("skip", [])} for table in (saved, now))
+    for first, _ in before ^ after:
+        if first < index.position + sum(b - a for a, b in before):
+            trained = "trained on" if after - before else "left out"
+            raise UserError(f"{source}: data.skip: the samples from position {first} on were {trained} already")
     for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
         before, after = (_get(table, key) for table in (saved, now))
         if before != after:
@@ -127,10 +132,9 @@ class TrainJob:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run.absolute()
-        directory = location(self.run.run_dir)
-        rundir.withdraw(self.run.run_dir)
-        publish(directory / "config.toml", self.run.to_toml().encode())
         self._events = rundir.events_log(self.run.run_dir)
+        rundir.withdraw(self.run.run_dir)
+        self._resolve()
         self._events.append({"time": time.time(), "event": "launch"})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
@@ -183,8 +187,15 @@ class TrainJob:
                 if end in ("finished", "stopped"):
                     return
                 failures = 0
+                if end == "rewound":
+                    self._resolve()
             if rundir.requested(self.run.run_dir) == rundir.RESIZE:
                 rundir.withdraw(self.run.run_dir)
+
+    def _resolve(self) -> None:
+        """Leave out what rewinds have left out, and write the resolved configuration."""
+        self.run = rundir.with_rewinds(self.run, self._events.read())
+        publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
 
     def _saved_step(self) -> int:
         found = checkpoint.newest(self.run.run_dir)
@@ -201,7 +212,7 @@ class TrainJob:
 
     def _worker_group(self, scratch: UPath) -> TorchTrainer:
         run = self.run
-        gpus = run.cluster.gpus_per_worker
+        gpus, accelerator = run.cluster.gpus_per_worker, run.cluster.accelerator
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         # Ray's own bookkeeping is used once and thrown away, and so is its count of failures: resuming is ours.
         return TorchTrainer(
@@ -212,6 +223,7 @@ class TrainJob:
                 num_workers=run.cluster.workers,
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
+                label_selector={"ray.io/accelerator-type": accelerator} if accelerator else None,
                 elastic_resize_monitor_interval_s=run.cluster.resize_interval_s,
             ),
             run_config=RayRunConfig(
@@ -323,4 +335,6 @@ def first_cause(failures: dict[int, Exception]) -> str:
         text = "its process died"
     else:
         text = f"{type(cause).__name__}: {cause}"
+    if "by peer" in text and "gloo" in text:  # the other one is not yet known to be dead
+        text = "lost the connection to another worker"
     return f"worker {rank}: {text.splitlines()[0]}"
