@@ -143,6 +143,7 @@ def test_notice_drains_this_node_and_no_other_whatever_happened_before(tmp_path:
         assert (twice.returncode, twice.stdout) == (0, "spot-watch runs here already\n")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_a_head_that_is_away_and_a_wrong_token_do_not_end_it(tmp_path: Path) -> None:
     port = free_port()
