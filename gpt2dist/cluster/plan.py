@@ -90,7 +90,4 @@ def memory(run: RunConfig) -> dict[str, int]:
         reduce["bucket"] = 4 * bucket
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]
     parts |= [*moments, reduce][sizes.index(max(sizes))]
-    if on_cpu and world > 1:
-        # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
-        parts["collectives"] = world * 66 * 2**20
     return parts

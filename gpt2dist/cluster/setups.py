@@ -84,7 +84,8 @@ class Options:
         }
         table = run.model_dump()
         table["train"] |= train
-        table["cluster"]["workers"] = workers or run.cluster.workers
+        if workers:
+            table["cluster"] |= {"workers": workers}
         try:
             return RunConfig.model_validate(table)
         except ValidationError:
@@ -198,6 +199,8 @@ def why_not(run: RunConfig, candidate: Candidate, machines: int, row: MemoryRow)
     each = workers_per_machine(run, machine)
     if c.gpus_per_worker and not machine.gpus:
         return "has no GPUs"
+    if c.accelerator and c.accelerator.partition("-")[0] != machine.gpu.partition("-")[0]:
+        return f"has {machine.gpu}, cluster.accelerator = {c.accelerator}"
     if each == 0:
         return f"{machine.vcpus} vCPUs are too few for a worker of {c.cpus_per_worker:g} and the stream"
     if candidate.max_machines is not None and machines > candidate.max_machines:
@@ -391,7 +394,10 @@ class Planner:
         return self.setup(candidate, machines)
 
     def smallest(self, candidate: Candidate) -> Setup | None:
-        """The fewest machines of a kind, all of whose workers are used, with the options that are fastest there."""
+        """The fewest machines of a kind, all of whose workers are used, with the options that are fastest there.
+
+        `cluster.accelerator` is left aside: this is about what else there is.
+        """
         each = workers_per_machine(self.run, candidate.machine)
         if not each:
             return None
@@ -436,9 +442,10 @@ class Planner:
         return c.keep + 1 + (steps // c.keep_every if c.keep_every else 0)
 
     def _variants(self, workers: int) -> Iterator[RunConfig]:
-        wanted = sorted(ALL_OPTIONS, key=lambda o: o != options_of(self.run))  # the run file's own ones win a tie
+        run = self.run.model_copy(update={"cluster": self.run.cluster.model_copy(update={"accelerator": ""})})
+        wanted = sorted(ALL_OPTIONS, key=lambda o: o != options_of(run))  # the run file's own ones win a tie
         for options in wanted:
-            variant = options.of(self.run, workers)
+            variant = options.of(run, workers)
             if variant and (self.run.cluster.gpus_per_worker or not options.offload):
                 yield variant
 

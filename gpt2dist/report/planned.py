@@ -37,9 +37,10 @@ def _memory(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None
     )
     for row in result["memory"]:
         numbers = [*(row["groups"][name] for name in groups), row["total"], row["host"]]
-        own = row["name"] == result["own_options"]
         fits = ", ".join(row["fits_on"]) or ("none" if on_gpu else "")
-        table.add_row(*_marked([row["name"], *(f"{n / 1e9:.2f}" for n in numbers), fits], own))
+        own = row["name"] == result["own_options"]
+        name = row["name"] + (" (as written)" if own else "")
+        table.add_row(name, *(f"{n / 1e9:.2f}" for n in numbers), fits, style="bold" if own else None)
     console.print(table)
 
 
@@ -95,14 +96,12 @@ def _table(title: str, columns: list[str]) -> Table:
     return table
 
 
-def _marked(cells: list[str], bold: bool) -> list[str]:
-    return [f"[bold]{cell}[/bold]" for cell in cells] if bold else cells
-
-
 def _time(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:,.1f} d" if hours < 1e6 else "never"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
 
 
 def _usd(usd: float | None) -> str:

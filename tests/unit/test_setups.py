@@ -123,6 +123,8 @@ def planner(run: RunConfig, **assumed: Any) -> Planner:
         (gpu_run(cluster__workers=9), candidate("p4d.24xlarge"), 2, ""),
         (gpu_run(cluster__workers=9), candidate("p4d.24xlarge", 1), 2, "2 machines needed, max_workers = 1"),
         (gpu_run(), candidate("m7i.4xlarge"), 8, "has no GPUs"),
+        (gpu_run(cluster__accelerator="A100"), candidate("p4de.24xlarge"), 1, ""),
+        (gpu_run(cluster__accelerator="H100"), candidate("p4d.24xlarge"), 1, "has A100-40, cluster.accelerator = H100"),
         (
             gpu_run(cluster__cpus_per_worker=4),
             candidate("g5.xlarge"),
@@ -257,7 +259,9 @@ def test_node_types_of_a_cluster_file(cluster: Path) -> None:
 
 
 def test_command_says_which_node_types_fit_and_counts_the_head(cluster: Path) -> None:
-    done = cli(str(ROOT / "jobs/gpt2_124m.toml"), "--cluster", str(cluster), "--json")
+    done = cli(
+        str(ROOT / "jobs/gpt2_124m.toml"), "--cluster", str(cluster), "--set", "cluster.accelerator=''", "--json"
+    )
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     gpu, small, gcp = result["as_written"]
