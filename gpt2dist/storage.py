@@ -251,13 +251,17 @@ def read_bytes(path: UPath) -> bytes:
 
 
 @_operation
-def read_ranges(path: UPath, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of each range, many at a time; fewer where the file ends. For remote files."""
-    if not ranges:
-        return []
-    begins, ends = zip(*ranges, strict=True)
-    data = path.fs.cat_ranges([path.path] * len(ranges), list(begins), list(ends), on_error="raise")
-    return list(data)
+def read_range(path: UPath, begin: int, end: int) -> bytearray:
+    """The bytes [begin, end); fewer where the file ends. Raises `FileNotFoundError`."""
+    if not is_local(path):
+        return bytearray(path.fs.cat_file(path.path, start=begin, end=end))
+    data = bytearray(end - begin)
+    done = 0
+    with path.open("rb", buffering=0) as f:
+        f.seek(begin)
+        while read := f.readinto(memoryview(data)[done:]):
+            done += read
+    return data[:done] if done < len(data) else data
 
 
 @_operation
@@ -294,6 +298,24 @@ def file_sizes(path: UPath) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
     found = path.fs.ls(path.path, detail=True)
     return {info["name"].rpartition("/")[2]: info["size"] for info in found if info["type"] == "file"}
+
+
+@_operation
+def plain_files(path: UPath) -> dict[str, int]:
+    """Name → bytes of the regular files in a directory: no links, which may lead anywhere, no pipes or devices.
+
+    Nothing where there is no directory, or only a link to one.
+    """
+    try:
+        if not is_local(path):
+            return file_sizes(path)
+        if path.is_symlink():
+            return {}
+        return {e.name: e.stat().st_size for e in os.scandir(path) if e.is_file(follow_symlinks=False)}
+    except (FileNotFoundError, NotADirectoryError) as e:
+        if not is_local(path) and _reason(e):
+            raise
+        return {}
 
 
 def sha256_of(path: UPath) -> str:

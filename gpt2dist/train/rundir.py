@@ -32,6 +32,14 @@ def events_log(run_dir: str) -> JsonLines:
     return JsonLines(location(run_dir) / "events.jsonl")
 
 
+def saved_step(run_dir: str) -> int:
+    """Step of the newest checkpoint as events.jsonl knows it, so that one that is gone is missed; 0: of none."""
+    for event in reversed(events_log(run_dir).read()):
+        if event.get("event") in ("commit", "start") and type(event.get("step")) is int:
+            return int(event["step"])
+    return 0
+
+
 def request(run_dir: str, what: str) -> None:
     """Ask the worker group for `STOP` or `RESIZE`; a stop is never replaced."""
     if requested(run_dir) != STOP:
