@@ -22,10 +22,10 @@ smoke: setup  ## prepare, train, generate and audit a small GPT-2 on two CPU wor
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash jobs/smoke.sh
 
 test: setup  ## the tests, unit first
-	@$(BIN)/python -m pytest -q -m 'not s3 and not slow' tests/unit tests/distributed tests/ray
+	@$(BIN)/python -m pytest -q -m 'not s3 and not slow' tests/unit tests/distributed tests/ray tests/chaos
 
 test-slow: setup  ## more of them: resizing, several nodes, compile, token files; about ten minutes
-	@$(BIN)/python -m pytest -q -m slow tests/distributed tests/ray
+	@$(BIN)/python -m pytest -q -m slow tests/distributed tests/ray tests/chaos
 
 test-s3: setup  ## everything on a real S3 server on loopback, also killed for a while; about six minutes
 	@$(BIN)/python -m pytest -q -m s3 tests/ray

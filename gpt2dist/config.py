@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -68,13 +68,13 @@ class ModelSection(Section):
 
     preset: Literal["", "tiny", "124M", "355M", "774M", "1558M"] = ""
     """A published size of GPT-2, or `tiny`."""
-    n_layer: int | None = Field(default=None, ge=1)
+    n_layer: int | None = Field(default=None, ge=1, le=10_000)
     """Transformer blocks."""
-    n_head: int | None = Field(default=None, ge=1)
+    n_head: int | None = Field(default=None, ge=1, le=1_000_000)
     """Attention heads; divides n_embd."""
-    n_embd: int | None = Field(default=None, ge=1)
+    n_embd: int | None = Field(default=None, ge=1, le=1_000_000)
     """Width of the residual stream."""
-    n_positions: int | None = Field(default=None, ge=1)
+    n_positions: int | None = Field(default=None, ge=1, le=100_000_000)
     """Rows of the position table; by default data.seq_len."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the embeddings, in attention and on both residual branches."""
@@ -100,7 +100,7 @@ class DataSection(Section):
 
     path: str | dict[str, float] = ""
     """A prepared data set, or a table of them with their weights; by default prepare.output."""
-    seq_len: int = Field(default=1024, ge=1)
+    seq_len: int = Field(default=1024, ge=1, le=100_000_000)
     """Tokens a sequence (T); a sample holds T+1 ids."""
     verify: bool = False
     """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
@@ -108,6 +108,8 @@ class DataSection(Section):
     allow_changed: bool = False
     """Go on with a run although the data set is another one than it was trained on so far: which samples of this one it
     has seen is then not known, and `audit` cannot prove the steps before."""
+    skip: list[Annotated[tuple[int, int], Field(strict=False)]] = []
+    """Positions [first, end) of the sample order that are left out; a rewind (train.rewind) adds to them by itself."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)
@@ -123,6 +125,15 @@ class DataSection(Section):
         if not isinstance(path, (str, dict)) or path == {}:
             raise ValueError(f"a path, or a table of paths with their weights, got {json.dumps(path, default=str)}")
         return path
+
+    @field_validator("skip")
+    @classmethod
+    def _disjoint(cls, skip: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        ordered = sorted(skip)
+        starts = [0, *(end for _, end in ordered)]
+        if any(first < least or first >= end for (first, end), least in zip(ordered, starts, strict=False)):
+            raise ValueError(f"ranges [first, end) that do not overlap, got {json.dumps(skip)}")
+        return ordered
 
 
 class BatchSection(Section):
@@ -160,6 +171,17 @@ class TrainSection(Section):
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""
+    nan_at: list[int] = []
+    """Steps whose gradients are made NaN on purpose, to see what becomes of a run."""
+    rewind: bool = False
+    """After `rewind_after` steps in a row whose loss is not finite or has jumped (`spike`), go back to the last
+    checkpoint before them and leave their samples out; events.jsonl names the documents."""
+    rewind_after: int = Field(default=3, ge=1)
+    """Bad steps in a row that are a divergence."""
+    spike: float = Field(default=1.0, gt=0)
+    """A loss this far above the median of the last 100 steps, in nats, has jumped."""
+    max_rewinds: int = Field(default=5, ge=1)
+    """A run that diverges once more than this stops, naming the samples."""
     initial_loss_scale: int = Field(default=2**16, ge=1)
     """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     profile_steps: tuple[int, int] | None = Field(default=None, strict=False)

@@ -354,50 +354,54 @@ class JsonLines:
     def append(self, *records: dict[str, Any]) -> None:
         """Add records; the data has left the process when this returns, or `flush_s` later.
 
-        All of them, or with an exception none.
+        All of them, or with an exception none. What `try_append` could not write goes before them.
         """
-        text = "".join(json.dumps(record) + "\n" for record in records)
         with self._lock:
+            text = "".join(json.dumps(record) + "\n" for record in [*self._unwritten, *records])
             if is_local(self.path):
                 _append_text(self.path, text)
-                return
-            before = self._text, self._waiting
-            self._text += text
-            self._waiting = True
-            try:
-                if time.monotonic() - self._flushed >= self.flush_s:
-                    self.flush()
-            except BaseException:
-                self._text, self._waiting = before
-                raise
+            else:
+                before = self._text, self._waiting
+                self._text += text
+                self._waiting = True
+                try:
+                    if time.monotonic() - self._flushed >= self.flush_s:
+                        self._put()
+                except BaseException:
+                    self._text, self._waiting = before
+                    raise
+            self._unwritten = []
 
     def try_append(self, *records: dict[str, Any]) -> None:
         """Like `append`; what cannot be written, the storage being away or full, is written with the next records."""
-        self._unwritten += records
-        try:
-            self.append(*self._unwritten)
-        except (OSError, StorageError) as e:
-            logger.warning("%s: not written yet: %s", self.path, e)
-        else:
-            self._unwritten = []
+        with self._lock:
+            try:
+                self.append(*records)
+            except (OSError, StorageError) as e:
+                logger.warning("%s: not written yet: %s", self.path, e)
+                self._unwritten += records
 
     def flush(self) -> None:
-        """On an object store: write the records that wait."""
+        """Write the records that wait."""
         with self._lock:
-            if not self._waiting:
-                return
-            if self._segment is None:
-                self._segment = self._new_segment()
-            publish(self._segment, self._text.encode())
-            self._waiting, self._flushed = False, time.monotonic()
-            if len(self._text) >= SEGMENT_BYTES:
-                self._segment, self._text = None, ""
+            if self._unwritten:
+                self.append()
+            self._put()
+
+    def _put(self) -> None:
+        if not self._waiting:
+            return
+        if self._segment is None:
+            self._segment = self._new_segment()
+        publish(self._segment, self._text.encode())
+        self._waiting, self._flushed = False, time.monotonic()
+        if len(self._text) >= SEGMENT_BYTES:
+            self._segment, self._text = None, ""
 
     def sync(self) -> None:
         """Force what was appended to the disk, or the object store."""
-        if not is_local(self.path):
-            self.flush()
-        elif self.path.exists():
+        self.flush()
+        if is_local(self.path) and self.path.exists():
             with open(self.path, "rb") as f:
                 os.fsync(f.fileno())
 
@@ -405,9 +409,9 @@ class JsonLines:
         """All whole records; an empty list where there is no file."""
         if is_local(self.path):
             with contextlib.suppress(FileNotFoundError):
-                return _records(self.path.read_text(encoding="utf-8"))
+                return _records(self.path.read_bytes())
             return []
-        return [record for _, text in self._texts() for record in _records(text)]
+        return [record for _, data in self._contents() for record in _records(data)]
 
     def tail(self, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
         """The last whole records, as many as lie in `max_bytes`; on an object store, those of the last object."""
@@ -429,22 +433,22 @@ class JsonLines:
         On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
         """
         if is_local(self.path):
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            return self._keep(self.path, text, condition)[1]
+            data = self.path.read_bytes() if self.path.exists() else b""
+            return self._keep(self.path, data, condition)[1]
         dropped: list[dict[str, Any]] = []
-        for i, (path, text) in enumerate(reversed(self._texts())):
-            left, gone = self._keep(path, text, condition)
+        for i, (path, data) in enumerate(reversed(self._contents())):
+            left, gone = self._keep(path, data, condition)
             dropped = gone + dropped
             if i == 0 and len(left) < SEGMENT_BYTES:
                 self._segment, self._text, self._waiting = path, left, False
         return dropped
 
     def _keep(
-        self, path: UPath, text: str, condition: Callable[[dict[str, Any]], bool]
+        self, path: UPath, data: bytes, condition: Callable[[dict[str, Any]], bool]
     ) -> tuple[str, list[dict[str, Any]]]:
-        records = _records(text)
+        records = _records(data)
         left = "".join(json.dumps(record) + "\n" for record in records if condition(record))
-        if left != text:
+        if left.encode() != data:
             publish(path, left.encode())
         return left, [record for record in records if not condition(record)]
 
@@ -454,10 +458,10 @@ class JsonLines:
         found = ((re.fullmatch(pattern, path.name), path) for path in children(self.path.parent))
         return sorted((int(match[1] or 0), path) for match, path in found if match)
 
-    def _texts(self) -> list[tuple[UPath, str]]:
+    def _contents(self) -> list[tuple[UPath, bytes]]:
         paths = [path for _, path in self._segments()]
         with ThreadPoolExecutor(16) as threads:
-            return list(zip(paths, (data.decode() for data in threads.map(read_bytes, paths)), strict=True))
+            return list(zip(paths, threads.map(read_bytes, paths), strict=True))
 
     def _new_segment(self) -> UPath:
         """An object of this writer's own, made empty."""
@@ -489,16 +493,17 @@ def _append_text(path: UPath, text: str) -> None:
             raise
 
 
-def _records(text: str) -> list[dict[str, Any]]:
-    return [record for line in text.splitlines(keepends=True) if (record := _record(line))]
+def _records(data: bytes) -> list[dict[str, Any]]:
+    return [record for line in data.splitlines(keepends=True) if (record := _record(line)) is not None]
 
 
-def _record(line: str) -> dict[str, Any] | None:
+def _record(line: bytes) -> dict[str, Any] | None:
     """None for a torn line."""
     try:
-        return dict(json.loads(line)) if line.endswith("\n") else None
-    except ValueError:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
         return None
+    return record if isinstance(record, dict) else None
 
 
 def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
@@ -511,4 +516,4 @@ def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
         end = file_size(path)
         data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
     lines = data.split(b"\n")[1 if end > max_bytes else 0 : -1]
-    return [record for line in lines if (record := _record(line.decode(errors="replace") + "\n"))]
+    return [record for line in lines if (record := _record(line + b"\n")) is not None]

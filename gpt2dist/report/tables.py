@@ -99,6 +99,26 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
     )
 
 
+def verdict(console: Console, v: Mapping[str, Any]) -> None:
+    """What `chaos` found."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "fault", "what happened", "until further than before"):
+        table.add_column(column, justify="right" if column == "step" else "left")
+    for fault in v["faults"]:
+        table.add_row(str(fault["step"]), fault["fault"], fault["what"], f"{fault['seconds']:.1f} s")
+    console.print(table)
+    apart, allowed, audit = v["largest_difference"], v["allowed"], v["audit"]
+    same = "equal in every step" if apart == 0 else f"differ by {apart:.2g} at most"
+    sizes = " → ".join(map(str, v["world_sizes"]))
+    rows = {
+        "losses": f"{same} ({allowed:g} allowed; workers: {sizes})",
+        "samples": f"{audit['samples']:,} once, {audit['duplicates']} twice, {audit['gaps']} never",
+        "worker groups": f"{v['attempts']}, {v['redone_steps']} steps done again",
+        "verdict": "PASSED" if v["passed"] else "FAILED",
+    }
+    pairs(console, "", rows)
+
+
 def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:
     """The end of a run: losses, where the checkpoint is, how to go on."""
     metrics = rundir.metrics_log(run.run_dir).read()

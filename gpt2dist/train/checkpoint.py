@@ -51,7 +51,7 @@ INDEX = "index.json"
 MAX_INDEX_BYTES = 64 << 20
 """About 500,000 fragments."""
 PIECE_BYTES = 256 << 10
-"""Of a file that are hashed together. Smaller, the index grows; larger, a rank that needs a part reads more around it."""
+"""Of a file that are hashed together. Smaller, the index grows; larger, a rank reads more around what it needs."""
 WRITE_BYTES = 8 << 20
 """Written at a time."""
 REMOTE_READS = 16
@@ -80,10 +80,11 @@ class SavedFragment(Section):
 
 
 class SavedFile(Section):
-    """Size of one file, and the hashes of its pieces of `Index.piece_bytes`."""
+    """Size of one file, and the hashes of its pieces, the last of which may be shorter."""
 
     file: FileName
     bytes: Count
+    piece_bytes: int = Field(ge=1, le=1 << 24)
     sha256: list[Hash]
 
 
@@ -108,7 +109,6 @@ class Index(Section):
     """Name → shape."""
     fragments: list[SavedFragment]
     """Those of a file in the order in which they lie in it."""
-    piece_bytes: int = Field(default=PIECE_BYTES, ge=1, le=1 << 24)
     files: list[SavedFile]
 
     def kinds(self, parameter: str) -> tuple[str, ...]:
@@ -146,8 +146,9 @@ class Checkpoint:
         tensors: dict[str, dict[str, int]] = defaultdict(dict)
         for f in self.index.fragments:
             tensors[f.file][f.key] = f.length
-        piece = self.index.piece_bytes
-        return {f.file: FragmentFile(self.path / f.file, tensors[f.file], f.sha256, piece) for f in self.index.files}
+        return {
+            f.file: FragmentFile(self.path / f.file, tensors[f.file], f.sha256, f.piece_bytes) for f in self.index.files
+        }
 
 
 class BadCheckpoint(Exception):
@@ -208,15 +209,16 @@ class Snapshot:
         """Write the file, in pieces; returns its size and hashes."""
         self.discard()
         hashes = PieceHashes(PIECE_BYTES)
-        data = memoryview(self._data.numpy()).cast("B")  # type: ignore[arg-type]
-        parts = (memoryview(self._header), *(data[i : i + WRITE_BYTES] for i in range(0, len(data), WRITE_BYTES)))
+        data: Any = self._data.view(torch.uint8).numpy()
+        parts = [memoryview(self._header)]
+        parts += [memoryview(data[i : i + WRITE_BYTES]) for i in range(0, len(data), WRITE_BYTES)]
         with writing(directory / self.file) as f:
             for part in parts:
                 hashes.update(part)
                 f.write(part)
                 self.written += len(part)
         self._left = directory / self.file
-        return SavedFile(file=self.file, bytes=self.bytes, sha256=hashes.hex())
+        return SavedFile(file=self.file, bytes=self.bytes, piece_bytes=PIECE_BYTES, sha256=hashes.hex())
 
     def discard(self) -> None:
         """Delete the file that was written last, unless `kept` was called since: it would only take room."""
@@ -255,9 +257,11 @@ def commit(directory: UPath, index: Index) -> None:
         BadCheckpoint: the pieces do not make a whole.
         UserError: files are not there as they were written, or the index would be too large.
     """
-    check_index(index)
     try:
+        check_index(index)
         check_sizes(Checkpoint(directory, index))
+    except ValueError as e:
+        raise BadCheckpoint(f"{directory / INDEX}: {e}") from None
     except BadCheckpoint as e:
         raise UserError(f"{e}; do all workers write to the same storage?") from None
     data = index.to_bytes()
@@ -282,6 +286,16 @@ def clear(run_dir: str, step: int) -> list[int]:
     return sorted(s for s, _ in left)
 
 
+def remove_after(run_dir: str, step: int, attempt: int) -> list[int]:
+    """Delete checkpoints of later steps that this attempt or an earlier one saved; returns their steps."""
+    gone = []
+    for found in committed(run_dir):
+        if isinstance(found, Checkpoint) and found.index.step > step and found.index.attempt <= attempt:
+            _remove_checkpoint(found.path)
+            gone.append(found.index.step)
+    return gone
+
+
 def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
     """Delete all but the newest `keep` checkpoints and every `keep_every`-th step; returns the deleted steps.
 
@@ -297,8 +311,10 @@ def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
 
 def _remove_checkpoint(path: UPath) -> None:
     if _is_link(path):
+        remove(path)  # what it leads to is not ours
         return
-    remove(path / INDEX)  # first it stops to exist, then its files go
+    with contextlib.suppress(IsADirectoryError):  # somebody's joke
+        remove(path / INDEX)  # first it stops to exist, then its files go
     remove_tree(path)
 
 
@@ -357,12 +373,10 @@ def newest(run_dir: str) -> Checkpoint | None:
 
 
 class NoneLeft(UserError):
-    """A run all of whose checkpoints are damaged. It does not begin again by itself: that would be another run."""
+    """A run had checkpoints, but none is good."""
 
     def __init__(self, run_dir: str, problem: str) -> None:
-        super().__init__(
-            f"{run_dir}: no good checkpoint is left: {problem}; to start anew choose another name, or delete the run"
-        )
+        super().__init__(f"{run_dir}: no good checkpoint is left: {problem}")
 
 
 def read_index(path: UPath) -> Index:
@@ -415,41 +429,37 @@ def _no_constant(name: str) -> None:
 def check_index(index: Index) -> None:
     """Each element of every parameter in exactly one fragment of each of its kinds; files made of their fragments.
 
-    Raises `BadCheckpoint`.
+    Raises `ValueError`.
     """
-
-    def bad(problem: str) -> BadCheckpoint:
-        return BadCheckpoint(f"step {index.step}: {problem}")
-
     spans: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     files = {f.file for f in index.files}
     for f in index.fragments:
         if f.parameter not in index.parameters:
-            raise bad(f"fragment of an unknown parameter {f.parameter}")
+            raise ValueError(f"fragment of an unknown parameter {f.parameter}")
         if f.file not in files:
-            raise bad(f"fragment in an unlisted file {f.file}")
+            raise ValueError(f"fragment in an unlisted file {f.file}")
         if f.kind not in index.kinds(f.parameter):
-            raise bad(f"{f.parameter} has no {f.kind}")
+            raise ValueError(f"{f.parameter} has no {f.kind}")
         spans[f.parameter, f.kind].append(f)
     for name, shape in index.parameters.items():
         for kind in index.kinds(name):
             end = 0
             for f in sorted(spans[name, kind], key=lambda f: f.start):
                 if f.start != end:
-                    raise bad(f"{name} {kind}: missing or repeated at {end}")
+                    raise ValueError(f"{name} {kind}: missing or repeated at {end}")
                 end += f.length
             if end != math.prod(shape):
-                raise bad(f"{name} {kind}: {end} of {math.prod(shape)} elements")
+                raise ValueError(f"{name} {kind}: {end} of {math.prod(shape)} elements")
     if len(files) != len(index.files):
-        raise bad("a file is listed twice")
+        raise ValueError("a file is listed twice")
     made = Checkpoint(UPath(), index).files
     for file in index.files:
         if file.bytes != made[file.file].bytes:
-            raise bad(f"{file.file} has {file.bytes:,} bytes, its fragments make {made[file.file].bytes:,}")
+            raise ValueError(f"{file.file} has {file.bytes:,} bytes, its fragments make {made[file.file].bytes:,}")
         if len(file.sha256) != made[file.file].pieces:
-            raise bad(f"{file.file} has {len(file.sha256)} hashes for {made[file.file].pieces} pieces")
+            raise ValueError(f"{file.file} has {len(file.sha256)} hashes for {made[file.file].pieces} pieces")
     if "optimizer_steps" not in index.scalars:
-        raise bad("no optimizer_steps")
+        raise ValueError("no optimizer_steps")
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
@@ -469,14 +479,18 @@ def verify(checkpoint: Checkpoint) -> None:
     _run((file, read) for file in checkpoint.files.values() for read in checks(file))
 
 
+class Misfit(UserError):
+    """A checkpoint of another model."""
+
+
 def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raises `UserError` where the checkpoint's parameters are not those of the model."""
+    """Raises `Misfit` where the checkpoint's parameters are not those of the model."""
     saved = {name: tuple(shape) for name, shape in checkpoint.index.parameters.items()}
     for name in [*shapes, *saved]:
         if saved.get(name) != shapes.get(name):
             has = f"shape {list(saved[name])}" if name in saved else "no such parameter"
             wants = f"shape {list(shapes[name])}" if name in shapes else "no such parameter"
-            raise UserError(
+            raise Misfit(
                 f"{source}: model: does not fit the checkpoint {checkpoint.path}: {name}: saved {has}, "
                 f"the model has {wants}; choose another name or the model it was saved with"
             )

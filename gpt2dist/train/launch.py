@@ -79,7 +79,10 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f"{run.batch.micro_sequences}; raise prepare.val_fraction or set eval.every_steps = 0"
         )
     check_writable(run.run_dir)
-    found = checkpoint.newest(run.run_dir)
+    try:
+        found = checkpoint.newest(run.run_dir)
+    except checkpoint.NoneLeft as e:
+        raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
     if found is None:
         hf.check_init(run, source)
         return Preflight(0, finished=False)
@@ -95,13 +98,18 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
             "of another kind; choose another name for a new run"
         )
-    _check_same_order(run, found.index.config, source)
+    _check_same_order(with_rewinds(run, rundir.events_log(run.run_dir).read()), found.index, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
 
 
-def _check_same_order(run: RunConfig, saved: dict[str, Any], source: str) -> None:
+def _check_same_order(run: RunConfig, index: checkpoint.Index, source: str) -> None:
     """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
-    now = run.model_dump(mode="json")
+    now, saved = run.model_dump(mode="json"), index.config
+    before, after = ({(a, b) for a, b in table["data"].get("skip", [])} for table in (saved, now))
+    for first, _ in before ^ after:
+        if first < index.position + sum(b - a for a, b in before):
+            trained = "trained on" if after - before else "left out"
+            raise UserError(f"{source}: data.skip: the samples from position {first} on were {trained} already")
     for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
         before, after = (_get(table, key) for table in (saved, now))
         if before != after:
@@ -127,10 +135,9 @@ class TrainJob:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run.absolute()
-        directory = location(self.run.run_dir)
-        rundir.withdraw(self.run.run_dir)
-        publish(directory / "config.toml", self.run.to_toml().encode())
         self._events = rundir.events_log(self.run.run_dir)
+        rundir.withdraw(self.run.run_dir)
+        self._resolve()
         self._events.append({"time": time.time(), "event": "launch"})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
@@ -183,8 +190,15 @@ class TrainJob:
                 if end in ("finished", "stopped"):
                     return
                 failures = 0
+                if end == "rewound":
+                    self._resolve()
             if rundir.requested(self.run.run_dir) == rundir.RESIZE:
                 rundir.withdraw(self.run.run_dir)
+
+    def _resolve(self) -> None:
+        """Leave out what rewinds have left out, and write the resolved configuration."""
+        self.run = with_rewinds(self.run, self._events.read())
+        publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
 
     def _saved_step(self) -> int:
         found = checkpoint.newest(self.run.run_dir)
@@ -225,6 +239,13 @@ class TrainJob:
         )
 
 
+def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
+    """The run with what its rewinds have left out in `data.skip`, beside what the run file leaves out."""
+    found = {(first, end) for event in rundir.rewinds(events) for first, end in event["positions"]}
+    data = run.data.model_copy(update={"skip": sorted({*run.data.skip, *found})})
+    return run.model_copy(update={"data": data})
+
+
 def _is_preemption(error: BaseException) -> bool:
     """Whether a machine was taken away with notice, which is nobody's failure."""
     if isinstance(error, ray.train.PreemptionError):
@@ -237,6 +258,8 @@ def failed(error: BaseException) -> TrainingFailed:
     """What ended a Ray Train job, as its cause in one line."""
     if isinstance(error, TrainingFailed):
         return error
+    if isinstance(error, UserError):
+        return TrainingFailed(str(error))
     if isinstance(error, ray.train.WorkerGroupError):
         return TrainingFailed(first_cause(error.worker_failures))
     text = str(error.controller_failure) if isinstance(error, ray.train.ControllerError) else str(error)

@@ -12,20 +12,25 @@ from typing import Any
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
-from gpt2dist.data.order import Ids, SampleOrder, ids_digest
+from gpt2dist.data.order import Ids, SampleOrder, ids_digest, positions
 
 
 def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int, data: str) -> dict[str, Any]:
     """The ledger's line for a step; ids: what all ranks received, any shape, padding included; data: fingerprint."""
-    size = run.global_batch
     return {
         "step": step,
-        "positions": [step * size, (step + 1) * size],
+        "positions": _positions(run, step),
         "samples_sha256": ids_digest(ids.reshape(-1)),
         "world_size": world_size,
         "attempt": attempt,
         "data": data,
     }
+
+
+def _positions(run: RunConfig, step: int) -> list[int]:
+    """[first, end, first, end, …] of a step; more than one range only where samples were left out on purpose."""
+    size = run.global_batch
+    return [bound for part in positions(step * size, (step + 1) * size, run.data.skip) for bound in part]
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,18 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
         step = line["step"]
         if step in right or step in elsewhere:
             duplicates += size
-        elif line["positions"] != [step * size, (step + 1) * size]:
+        elif line["positions"] != _positions(run, step):
             continue
         elif line.get("data", fingerprint) != fingerprint:
             elsewhere.add(step)
         elif line["samples_sha256"] == ids_digest(order.step(step).reshape(-1)):
             right.add(step)
+    last = max(_positions(run, committed_step - 1), default=0) if committed_step else 0
     return Audit(
         samples=len(right) * size,
         duplicates=duplicates,
         gaps=(committed_step - len(right) - len(elsewhere)) * size,
-        skipped=0,
+        skipped=sum(end - first for first, end in run.data.skip if first < last),
         steps=committed_step,
         attempts=len({line["attempt"] for line in lines}),
         unverifiable=len(elsewhere) * size,

@@ -5,7 +5,10 @@ config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl,
 
 from __future__ import annotations
 
-from gpt2dist.storage import JsonLines, location, publish, read_bytes, remove
+from typing import Any
+
+from gpt2dist.config import UserError
+from gpt2dist.storage import JsonLines, file_size, is_local, location, publish, read_bytes, remove
 
 REQUEST_FILE = "request"
 """While this file is in the run directory, the worker group saves and ends after the step that it is on."""
@@ -13,8 +16,22 @@ STACKS = "stacks"
 """Directory of the stacks of ranks that hung."""
 STOP, RESIZE = "stop", "resize"
 """What the file may say: end the run, or only this group, so that another one of another size goes on."""
+MAX_CONFIG_BYTES = 1 << 20
 METRICS_FLUSH_S = 5.0
 """On an object store, metrics reach metrics.jsonl at most this many seconds late."""
+
+
+def config_text(run_dir: str) -> bytes:
+    """The content of config.toml.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is no run file.
+    """
+    path = location(run_dir) / "config.toml"
+    if (is_local(path) and path.exists() and not path.is_file()) or file_size(path) > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: not a run file")
+    return read_bytes(path)
 
 
 def metrics_log(run_dir: str) -> JsonLines:
@@ -32,11 +49,18 @@ def events_log(run_dir: str) -> JsonLines:
     return JsonLines(location(run_dir) / "events.jsonl")
 
 
+def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rewinds of a run: what each left out stays out for ever."""
+    return [event for event in events if event["event"] == "rewind"]
+
+
 def saved_step(run_dir: str) -> int:
-    """Step of the newest checkpoint as events.jsonl knows it, so that one that is gone is missed; 0: of none."""
+    """Step of the newest checkpoint that events.jsonl knows of, so that one which is gone is missed; 0: of none."""
     for event in reversed(events_log(run_dir).read()):
         if event.get("event") in ("commit", "start") and type(event.get("step")) is int:
             return int(event["step"])
+        if event.get("event") == "rewind":  # later ones were deleted on purpose
+            return 0
     return 0
 
 

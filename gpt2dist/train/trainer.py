@@ -22,12 +22,14 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
+from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, positions
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, is_local, location
-from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
+from gpt2dist.train import checkpoint, divergence, ledger, rundir
+from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
+from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
@@ -44,8 +46,11 @@ REQUEST_POLL_S = 3.0
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
-End = Literal["finished", "stopped", "preempted", "resized"]
-"""Why a worker group ended on purpose; after the last two, another one goes on."""
+NAMED_DOCUMENTS = 1000
+"""Of a divergence, in events.jsonl."""
+
+End = Literal["finished", "stopped", "preempted", "resized", "rewound"]
+"""Why a worker group ended on purpose; after the last three, another one goes on."""
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -61,8 +66,8 @@ def _collect_by_hand() -> None:
     gc.disable()
 
 
-class NonFiniteGradients(Exception):
-    """`train.max_skipped` steps in a row had gradients that are not finite; the message names them."""
+class Diverged(Exception):
+    """`train.max_skipped` steps in a row had non-finite gradients, or no rewind helps; the message says which."""
 
 
 def _unflatten(values: list[float], like: list[list[float]]) -> Iterator[list[float]]:
@@ -113,6 +118,7 @@ class Trainer:
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
         self.saver: Saver
         self.times: SaveTimes
+        self.divergence: Divergence
         self.watchdog: Watchdog
         self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
@@ -131,7 +137,7 @@ class Trainer:
         """Train up to `stop_step`, evaluating and saving as the run file says; ends saved.
 
         Raises:
-            NonFiniteGradients: in too many steps in a row.
+            Diverged: non-finite gradients in too many steps in a row, or no rewind helps any more.
             NotSaved: the storage did not take the last state.
         """
         run, every = self.run, self.run.eval.every_steps
@@ -150,7 +156,8 @@ class Trainer:
                 metrics |= {"val_loss": self.evaluate(), "eval_s": time.perf_counter() - start}
             self._alive()
             self._log(metrics)
-            self._stop_if_not_finite()
+            if self._diverged(metrics):
+                return "rewound"
             self._save_in_background(wishes)
             if wishes.ask:
                 self._look_for_notice(metrics["step_s"])
@@ -225,7 +232,8 @@ class Trainer:
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
             torch.manual_seed(dropout_seed(self.run.seed, self.step, micro_batch))
-            loss = self.engine.forward_backward(tokens, padding=padding)
+            spoilt = self.step in self.run.train.nan_at
+            loss = self.engine.forward_backward(tokens, padding=padding, spoilt=spoilt)
             if not padding:
                 pending.append((micro_batch, loss))
         for micro_batch, loss in pending:  # read only now: a read waits for the device
@@ -248,31 +256,48 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def restore(self) -> None:
-        """Load the newest checkpoint that is whole, and open a new attempt."""
-        for step in self._agree([c.index.step for c in self._committed()]):
-            found = checkpoint.step_directory(self.run.run_dir, step)
-            try:
-                candidate = Checkpoint(found, checkpoint.read_index(found))
-                checkpoint.verify(candidate, self.rank, self.world_size)
-                problem = ""
-            except BadCheckpoint as e:
-                problem = str(e)
-            problems = [p for p in self.engine.gather_objects(problem) if p]
-            if problems:
-                self._event("bad_checkpoint", step=step, reason=problems[0])
-                continue
-            checkpoint.load(candidate, self.engine.fragments(owned=False))
-            self.engine.state_changed()
-            self.engine.load_scalars(candidate.index.scalars)
-            self.step = self.saved_step = self.ledger_end = step
-            before, now = candidate.index.data_fingerprint, self.data.fingerprint
-            if before != now:
-                self._event("data_changed", step=step, before=before, now=now)
-            break
+        """Load the newest checkpoint that is whole, and open a new attempt.
+
+        Raises:
+            NoneLeft: there are some, but all are damaged.
+        """
+        steps: list[int] = []
+        if self.rank == 0:  # what was saved after a divergence had begun
+            for rewind in rundir.rewinds(self.events.read()):
+                checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
+            steps = checkpoint.steps(self.run.run_dir)
+        first_problem = ""
+        for step in self._agree(steps):
+            problem = self._load(step)
+            if not problem:
+                break
+            first_problem = first_problem or problem
+            self._event("bad_checkpoint", step=step, reason=problem)
         else:
+            if first_problem:  # to begin again would be another run
+                raise NoneLeft(self.run.run_dir, first_problem)
             if self.run.model.init_from:
                 self.engine.set_weights(hf.read_weights(self.run.model.init_from))
         self._open_attempt()
+
+    def _load(self, step: int) -> str:
+        """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
+        problem = ""
+        try:
+            found = checkpoint.open_step(self.run.run_dir, step)
+            checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
+            checkpoint.load(found, self.engine.fragments(owned=False))
+        except (BadCheckpoint, Misfit) as e:
+            problem = str(e)
+        if problems := [p for p in self.engine.gather_objects(problem) if p]:
+            return str(problems[0])
+        self.engine.state_changed()
+        self.engine.load_scalars(found.index.scalars)
+        self.step = self.saved_step = self.ledger_end = step
+        before, now = found.index.data_fingerprint, self.data.fingerprint
+        if before != now:
+            self._event("data_changed", step=step, before=before, now=now)
+        return ""
 
     def save(self) -> None:
         """Wait until the state of the current step is committed. A collective.
@@ -291,7 +316,10 @@ class Trainer:
             if outcome is None or not outcome.problem:
                 return
             if self._agree(time.monotonic() > give_up):
-                raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}")
+                newest = f"step {self.saved_step}" if self.saved_step > 0 else "none"
+                raise NotSaved(
+                    f"the state of step {self.step} could not be saved: {outcome.problem}; newest checkpoint: {newest}"
+                )
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
@@ -369,23 +397,28 @@ class Trainer:
     def _open_attempt(self) -> None:
         """Drop what earlier attempts left but did not commit, and log the start of this one."""
         if self.rank == 0:
-            checkpoint.clear_unfinished(self.run.run_dir)
+            checkpoint.clear(self.run.run_dir, self.step)
             attempts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
             self.attempt = max(attempts, default=0) + 1
             self.ledger.keep(lambda line: bool(line["step"] < self.step))
             redone = self.metrics.keep(lambda line: bool(line["step"] < self.step))
-            self._event(
-                "start",
-                attempt=self.attempt,
-                step=self.step,
-                world_size=self.world_size,
-                zero_stage=self.run.train.zero_stage,
-                redone_steps=len(redone),
-                redone_s=sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
-            )
+            start = {
+                "time": time.time(),
+                "event": "start",
+                "attempt": self.attempt,
+                "step": self.step,
+                "world_size": self.world_size,
+                "zero_stage": self.run.train.zero_stage,
+                "redone_steps": len(redone),
+                "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
+            }
+            self.events.append(start)  # without it the stream would not know where to begin
         self.attempt = self._agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
+        before = [row["loss"] for row in self.metrics.tail()][-divergence.WINDOW :] if self.rank == 0 else []
+        train = self.run.train
+        self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
 
@@ -396,9 +429,42 @@ class Trainer:
         epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
-    def _stop_if_not_finite(self) -> None:
-        if len(self.skipped) < self.run.train.max_skipped:
-            return
+    def _diverged(self, metrics: dict[str, Any]) -> bool:
+        """Look at a step's loss and gradients; True: the group has to go back to an earlier checkpoint."""
+        train = self.run.train
+        if not train.rewind:
+            if len(self.skipped) >= train.max_skipped:
+                self._give_up()
+            return False
+        if not self.divergence.add(metrics["loss"], "skipped" not in metrics):
+            return False
+        self.saver.finish(self._alive)
+        first = self.step - train.rewind_after
+        size = self.run.global_batch
+        ranges = list(positions(first * size, self.step * size, self.run.data.skip))
+        if self._agree(len(rundir.rewinds(self.events.read())) if self.rank == 0 else 0) >= train.max_rewinds:
+            raise Diverged(
+                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
+                "(their samples are in events.jsonl)"
+            )
+        if self.rank == 0:
+            ids = SampleOrder(self.run, self.data).samples(first * size, self.step * size)
+            split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
+            self._event(
+                "rewind",
+                attempt=self.attempt,
+                steps=[first, self.step],
+                losses=[row["loss"] for row in self.metrics.tail()[-train.rewind_after :]],
+                positions=ranges,
+                samples=ids.tolist(),
+                documents=documents_of(split, ids, NAMED_DOCUMENTS),
+            )
+            self.events.sync()
+        self.engine.barrier()
+        return True
+
+    def _give_up(self) -> None:
+        """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
         ids = self.engine.gather_rows(torch.from_numpy(np.stack(list(self.skipped.values())))).numpy()
         samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
         steps = list(self.skipped)
@@ -408,7 +474,7 @@ class Trainer:
             f"{first} (all of them are in events.jsonl)"
         )
         self._event("non_finite", steps=steps, samples=samples, cause=cause)
-        raise NonFiniteGradients(cause)
+        raise Diverged(cause)
 
     def _skipped(self) -> int:
         """Skipped steps of the whole run; rank 0 only."""
@@ -466,9 +532,6 @@ class Trainer:
 
     def _to_device(self, tokens: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
-
-    def _committed(self) -> list[Checkpoint]:
-        return [c for c in checkpoint.committed(self.run.run_dir) if isinstance(c, Checkpoint)]
 
     def _agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

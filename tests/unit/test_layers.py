@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -17,6 +18,7 @@ LAYERS = [
     ["gpt2dist.train.saver"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
     [
+        "gpt2dist.train.divergence",
         "gpt2dist.train.interval",
         "gpt2dist.train.notice",
         "gpt2dist.train.optim",
@@ -48,6 +50,7 @@ def layer(module: str) -> tuple[int, str]:
     return depth, prefix
 
 
+@functools.cache
 def imports() -> list[tuple[str, str]]:
     found = []
     for path in (ROOT / "gpt2dist").rglob("*.py"):
