@@ -69,9 +69,10 @@ def test_what_cannot_be_broken_is_refused(make_data: Callable[..., str], tmp_pat
 def test_a_verdict_sees_another_curve_and_lost_samples() -> None:
     verdict = chaos.Verdict([], 0.0, 0.0, {"duplicates": 0, "gaps": 0}, 1, 0, [2], "a", "b")
     assert verdict.passed
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"largest_difference": 1e-7},
         {"audit": {"duplicates": 8, "gaps": 0}},
         {"audit": {"duplicates": 0, "gaps": 8}},
-    ):
+    ]
+    for change in changes:
         assert not chaos.Verdict(**{**vars(verdict), **change}).passed
