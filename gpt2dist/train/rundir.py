@@ -73,8 +73,15 @@ def saved_step(run_dir: str) -> int:
 
 def request(run_dir: str, what: str) -> None:
     """Ask the worker group for `STOP` or `RESIZE`; a stop is never replaced."""
-    if requested(run_dir) != STOP:
-        publish(location(run_dir) / REQUEST_FILE, what.encode())
+    if requested(run_dir) == STOP:
+        return
+    path = location(run_dir) / REQUEST_FILE
+    try:
+        publish(path, what.encode())
+    except OSError:
+        if what != STOP or not is_local(path):
+            raise
+        path.touch()  # on a full disk an empty file may still be made, and it says the same
 
 
 def requested(run_dir: str) -> str:
