@@ -316,10 +316,10 @@ class Trainer:
             if outcome is None or not outcome.problem:
                 return
             if self._agree(time.monotonic() > give_up):
-                newest = f"step {self.saved_step}" if self.saved_step > 0 else "none"
-                raise NotSaved(
-                    f"the state of step {self.step} could not be saved: {outcome.problem}; newest checkpoint: {newest}"
-                )
+                newest = f"the newest checkpoint is that of step {self.saved_step}"
+                if self.saved_step <= 0:
+                    newest = "there is no checkpoint"
+                raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}; {newest}")
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
