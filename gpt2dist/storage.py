@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -348,8 +348,11 @@ class JsonLines:
         self._text = ""
         self._waiting = False
         self._flushed = -flush_s
-        self._unwritten: list[dict[str, Any]] = []
+        self._unwritten: list[dict[str, Any]] = []  # of `try_append`
         self._lock = threading.RLock()  # checkpoints are committed in a thread of their own
+        self._short_lock = threading.Lock()  # of what is never held while something is written
+        self._thread = ThreadPoolExecutor(1, "log")
+        self._writing: Future[None] | None = None
 
     def append(self, *records: dict[str, Any]) -> None:
         """Add records; the data has left the process when this returns, or `flush_s` later.
@@ -357,7 +360,9 @@ class JsonLines:
         All of them, or with an exception none. What `try_append` could not write goes before them.
         """
         with self._lock:
-            text = "".join(json.dumps(record) + "\n" for record in [*self._unwritten, *records])
+            with self._short_lock:
+                waiting = list(self._unwritten)
+            text = "".join(json.dumps(record) + "\n" for record in [*waiting, *records])
             if is_local(self.path):
                 _append_text(self.path, text)
             else:
@@ -370,16 +375,27 @@ class JsonLines:
                 except BaseException:
                     self._text, self._waiting = before
                     raise
-            self._unwritten = []
+            with self._short_lock:
+                del self._unwritten[: len(waiting)]
 
     def try_append(self, *records: dict[str, Any]) -> None:
-        """Like `append`; what cannot be written, the storage being away or full, is written with the next records."""
-        with self._lock:
-            try:
-                self.append(*records)
-            except (OSError, StorageError) as e:
-                logger.warning("%s: not written yet: %s", self.path, e)
-                self._unwritten += records
+        """Add records without an exception; what cannot be written now is written with the next ones.
+
+        On an object store it is written in the background: that may be away for long, and nobody should wait.
+        """
+        with self._short_lock:
+            self._unwritten += records
+        if is_local(self.path):
+            self._try_to_write()
+        elif self._writing is None or self._writing.done():
+            self._writing = self._thread.submit(self._try_to_write)
+
+    def _try_to_write(self) -> None:
+        try:
+            while self._unwritten:
+                self.append()
+        except (OSError, StorageError) as e:
+            logger.warning("%s: not written yet: %s", self.path, e)
 
     def flush(self) -> None:
         """Write the records that wait."""

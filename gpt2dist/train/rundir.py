@@ -5,6 +5,8 @@ config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl,
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from gpt2dist.config import RunConfig, UserError
@@ -14,6 +16,8 @@ REQUEST_FILE = "request"
 """While this file is in the run directory, the worker group saves and ends after the step that it is on."""
 STACKS = "stacks"
 """Directory of the stacks of ranks that hung."""
+POLL_S = 3.0
+"""Between two looks for a request on an object store."""
 STOP, RESIZE = "stop", "resize"
 """What the file may say: end the run, or only this group, so that another one of another size goes on."""
 MAX_CONFIG_BYTES = 1 << 20
@@ -91,6 +95,31 @@ def requested(run_dir: str) -> str:
     except FileNotFoundError:
         return ""
     return text if text == RESIZE else STOP  # also a file that a person has made by hand
+
+
+class Requests:
+    """Looks for a request; on an object store now and then, and without waiting for it."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self._local = is_local(location(run_dir))
+        self._thread = ThreadPoolExecutor(1, "requests")
+        self._look: Future[str] | None = None
+        self._not_before = 0.0
+
+    def newest(self) -> str:
+        """What `requested` said last; nothing while the storage is away."""
+        if self._local:
+            return requested(self.run_dir)
+        found = ""
+        if self._look is not None and self._look.done():
+            found = "" if self._look.exception() else self._look.result()
+            self._look = None
+        now = time.monotonic()
+        if self._look is None and now >= self._not_before:
+            self._not_before = now + POLL_S
+            self._look = self._thread.submit(requested, self.run_dir)
+        return found
 
 
 def withdraw(run_dir: str) -> None:

@@ -26,7 +26,7 @@ from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, positions
 from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import StorageError, is_local, location
+from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, divergence, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import Divergence
@@ -41,8 +41,6 @@ from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
 """Steps between two collections of cyclic garbage; left to Python they come at any time, on each rank at another."""
-REQUEST_POLL_S = 3.0
-"""Between two looks for a request on an object store."""
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
@@ -109,7 +107,7 @@ class Trainer:
         self.events = rundir.events_log(run.run_dir)
         self.step = 0  # steps done; the next one has this number
         self.attempt = 0
-        self.look_for_request = 0.0  # not before this time
+        self.requests = rundir.Requests(run.run_dir)
         self.next_ask = 0.0
         self.notice: Notice | None = None
         self.leave_at = float("inf")
@@ -175,8 +173,8 @@ class Trainer:
         return end
 
     def close(self) -> None:
-        """Write the metrics that wait, also after a failure."""
-        self.metrics.flush()
+        """Write the log lines that wait, also after a failure."""
+        self._flush()
         if self.attempt:
             self.watchdog.close()
             self.saver.close()
@@ -448,6 +446,7 @@ class Trainer:
                 "(their samples are in events.jsonl)"
             )
         if self.rank == 0:
+            self._flush()
             ids = SampleOrder(self.run, self.data).samples(first * size, self.step * size)
             split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
             self._event(
@@ -480,7 +479,7 @@ class Trainer:
         """Skipped steps of the whole run; rank 0 only."""
         if self.rank:
             return 0
-        self.metrics.flush()
+        self._flush()
         return sum("skipped" in line for line in self.metrics.read())
 
     def _wishes(self) -> list[float]:
@@ -498,11 +497,7 @@ class Trainer:
         ]
 
     def _request(self) -> float:
-        now = time.monotonic()
-        if now < self.look_for_request:
-            return 0.0
-        self.look_for_request = now + (0.0 if is_local(location(self.run.run_dir)) else REQUEST_POLL_S)
-        return {"": 0.0, rundir.STOP: 1.0, rundir.RESIZE: 2.0}[rundir.requested(self.run.run_dir)]
+        return {"": 0.0, rundir.STOP: 1.0, rundir.RESIZE: 2.0}[self.requests.newest()]
 
     def _look_for_notice(self, step_seconds: float) -> None:
         """Ask for a preemption notice; on a new one, decide what is still worth doing. A collective."""
@@ -543,9 +538,11 @@ class Trainer:
     def _log(self, metrics: dict[str, Any]) -> None:
         if self.rank == 0:
             self.metrics.try_append(metrics)
-            if "val_loss" in metrics:
-                with contextlib.suppress(StorageError):  # it goes with the next ones
-                    self.metrics.flush()
+
+    def _flush(self) -> None:
+        for log in (self.metrics, self.events):
+            with contextlib.suppress(OSError, StorageError):  # the storage is away, or full
+                log.flush()
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.rank == 0:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -17,8 +18,8 @@ from upath import UPath
 from gpt2dist import storage
 from gpt2dist.config import UserError
 from gpt2dist.data import cache
-from gpt2dist.storage import JsonLines, location, publish
-from gpt2dist.train import checkpoint
+from gpt2dist.storage import JsonLines, StorageError, location, publish
+from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint
 from gpt2dist.train.fragment import Fragment
 from tests.conftest import ROOT
@@ -77,6 +78,61 @@ def test_the_next_attempt_goes_on_in_the_same_object(remote: UPath) -> None:
     log.append({"step": 1, "again": True})
     assert log.read() == [{"step": 0}, {"step": 1, "again": True}]
     assert names(remote) == {"log.jsonl"}
+
+
+def test_nobody_waits_for_a_store_that_is_away(remote: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    away, back = threading.Event(), threading.Event()
+
+    def publish_later(path: UPath, data: bytes) -> None:
+        if not back.is_set():
+            away.set()
+            back.wait(10)  # as the client tries again for a minute
+            raise StorageError(f"{path}: cannot be reached")
+        publish(path, data)
+
+    monkeypatch.setattr(storage, "publish", publish_later)
+    log = JsonLines(remote / "log.jsonl")
+    start = time.monotonic()
+    for i in range(3):
+        log.try_append({"step": i})
+    assert away.wait(10)
+    log.try_append({"step": 3})
+    assert time.monotonic() - start < 5
+    back.set()
+    log.sync()
+    assert log.read() == [{"step": i} for i in range(4)]
+
+
+def test_a_request_is_looked_for_without_waiting(remote: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "POLL_S", 0.0)
+    run_dir = str(remote)
+    requests = rundir.Requests(run_dir)
+
+    def wait_for(what: str) -> None:
+        deadline = time.monotonic() + 10
+        while requests.newest() != what:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    assert requests.newest() == ""
+    rundir.request(run_dir, rundir.RESIZE)
+    wait_for(rundir.RESIZE)
+    rundir.withdraw(run_dir)
+    asked = threading.Event()
+
+    def unreachable(run_dir: str) -> str:
+        asked.set()
+        raise StorageError("cannot be reached")
+
+    monkeypatch.setattr(rundir, "requested", unreachable)
+    while not asked.is_set():
+        requests.newest()
+    assert requests.newest() == ""
+    monkeypatch.undo()
+    rundir.request(run_dir, rundir.STOP)
+    monkeypatch.setattr(rundir, "POLL_S", 0.0)
+    requests._not_before = 0.0
+    wait_for(rundir.STOP)
 
 
 def test_two_writers_lose_nothing(remote: UPath) -> None:
