@@ -156,6 +156,7 @@ class Trainer:
             self._log(metrics)
             if self._diverged(metrics):
                 return "rewound"
+            self.times.step(metrics["step_s"])
             self._save_in_background(wishes)
             if wishes.ask:
                 self._look_for_notice(metrics["step_s"])
@@ -187,14 +188,16 @@ class Trainer:
         losses = self.forward_backward(batch)  # ends by reading the losses, so all its work is done
         forward_backward = time.perf_counter() - start - data_wait
         lr = learning_rate(self.run.optim, self.step, self.run.train.steps)
+        held = self.saver.hold()
+        self.save_seconds += held
         result = self.engine.step(lr)  # ends by reading the norm
-        optimizer = time.perf_counter() - start - data_wait - forward_backward
+        optimizer = time.perf_counter() - start - held - data_wait - forward_backward
         # One all-reduce carries losses and peaks (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
         peaks = [0.0] * self.world_size
         peaks[self.rank] = float(self.engine.memory.bytes())
         mine = [losses, peaks, self._wishes()]
         losses, peaks, wishes = _unflatten(self.engine.sum_over_ranks([v for part in mine for v in part]), mine)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - held
         metrics = {
             "step": self.step,
             "loss": sum(losses) / len(losses),
@@ -419,6 +422,8 @@ class Trainer:
         self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
+        if self.run.checkpoint.every_minutes == "auto":
+            self._event("save_interval", **self.times.reasoning)
 
     # ------------------------------------------------------------------ small things
 

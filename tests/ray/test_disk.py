@@ -52,8 +52,8 @@ def test_a_disk_that_fills_up(
         assert f"the disk of {run.run_dir} is full: training goes on" in output
         (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
         told = re.search(
-            r"error: training failed: the state of step (\d+) could not be saved: OSError: \[Errno 28\] No space left on "
-            r"device; the newest checkpoint is that of step (\d+); log: ",
+            r"error: training failed: the state of step (\d+) could not be saved: OSError: \[Errno 28\] No space "
+            r"left on device; the newest checkpoint is that of step (\d+); log: ",
             line,
         )
         assert told, line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_a_save_goes_on_while_steps_are_taken(saver: Saver, tmp_path: Path) -> N
 
     directory = UPath(tmp_path) / "step"
     saver.begin(5, directory, commit)
+    assert saver.hold() >= 0
     saver.ranks.tensor += 1  # type: ignore[attr-defined]  # training goes on
     while not saver._save.written:  # type: ignore[union-attr]
         assert step(saver) is None
@@ -89,8 +91,25 @@ def test_a_save_goes_on_while_steps_are_taken(saver: Saver, tmp_path: Path) -> N
     saved = torch.frombuffer(bytearray((directory / "rank-00000.safetensors").read_bytes()[-40:]), dtype=torch.float32)
     assert torch.equal(saved, torch.arange(10.0))  # as it was when the save began
     assert saver.estimate(0) == outcome.seconds
-    assert saver.stalls == [outcome.stall]
     assert saver.finish(lambda: None) is None  # nothing in flight
+
+
+def test_the_state_is_held_until_it_is_copied(saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = saver._snapshot.take
+
+    def slow(fragments: list[Fragment]) -> None:
+        time.sleep(0.3)
+        take(fragments)
+
+    monkeypatch.setattr(saver._snapshot, "take", slow)
+    saver.begin(5, UPath(tmp_path) / "5", lambda written: None)
+    assert 0.2 < saver.hold() < 5
+    saver.ranks.tensor += 1  # type: ignore[attr-defined]
+    assert saver.hold() < 0.1
+    assert until_it_ends(saver).stall > 0.2
+    assert saver.hold() == 0  # nothing in flight
+    data = (tmp_path / "5" / "rank-00000.safetensors").read_bytes()[-40:]
+    assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.float32), torch.arange(10.0))
 
 
 def test_a_save_that_cannot_be_written(saver: Saver, tmp_path: Path) -> None:
@@ -98,8 +117,7 @@ def test_a_save_that_cannot_be_written(saver: Saver, tmp_path: Path) -> None:
     saver.begin(5, UPath(tmp_path) / "file" / "step", lambda written: pytest.fail("must not be committed"))
     outcome = until_it_ends(saver)
     assert outcome.problem.startswith("NotADirectoryError: ")
-    assert saver.stalls == []  # what failed says nothing of how long saves take
-    assert saver.estimate(100e6) == pytest.approx(2 + 100e6 / GUESS_BYTES_PER_S)
+    assert saver.estimate(100e6) == 2 + 100e6 / GUESS_BYTES_PER_S  # what failed says nothing of how long saves take
     saver.begin(6, UPath(tmp_path) / "step", lambda written: None)
     assert until_it_ends(saver).problem == ""
 
@@ -303,32 +321,52 @@ def test_automatic_interval_before_anything_was_measured(saver: Saver, clock: Cl
 def test_automatic_interval_from_what_was_measured(saver: Saver, clock: Clock) -> None:
     t = times(saver, mtbf_hours=1.0)
     clock.now += 7200
-    saver._seconds, saver.stalls = [3.0, 1.0], [0.2, 0.4]
-    reasoning = t.ended(good())
+    saver._seconds = [3.0, 1.0]
+    reasoning = t.ended(good(stall=0.4))
     assert reasoning is not None
     mtbf = 7200 + 3600  # no failure in two hours, one supposed in the next
     assert reasoning == {
-        "seconds": pytest.approx(young_daly(0.4, mtbf)),
-        "young_daly_s": pytest.approx(young_daly(0.4, mtbf)),
+        "seconds": young_daly(0.4, mtbf),
+        "young_daly_s": young_daly(0.4, mtbf),
         "stall_s": 0.4,
+        "slowdown_s": 0.0,
         "write_s": 3.0,
         "mtbf_s": mtbf,
         "failures": 0,
     }
     assert t.interval == reasoning["seconds"]
-    assert t.ended(good()) is None  # no news
+    assert t.ended(good(stall=0.4)) is None  # no news
     saver._seconds = [60.0]  # slow storage: ten times apart
-    reasoning = t.ended(good())
+    reasoning = t.ended(good(stall=0.4))
     assert reasoning is not None
     assert t.interval == reasoning["seconds"] == 600
 
 
+def test_steps_that_are_slower_while_a_save_is_written_are_part_of_its_cost(saver: Saver, tmp_path: Path) -> None:
+    t = times(saver)
+    t.step(9.0)
+    for _ in range(20):
+        t.step(1.0)
+    saver.begin(5, UPath(tmp_path) / "5", lambda written: None)
+    for seconds in (1.5, 1.25, 1.0):
+        t.step(seconds)
+    outcome = until_it_ends(saver)
+    reasoning = t.ended(outcome)
+    assert reasoning is not None
+    assert reasoning["slowdown_s"] == 0.75
+    assert reasoning["young_daly_s"] == pytest.approx(young_daly(outcome.stall + 0.75, reasoning["mtbf_s"]))
+    for _ in range(4):  # the middle one of the last five counts
+        t.ended(outcome)
+    assert t._interval()["slowdown_s"] == 0
+
+
 def test_failures_make_the_interval_shorter(saver: Saver, clock: Clock) -> None:
-    saver._seconds, saver.stalls = [0.5], [0.5]
     log: list[dict[str, Any]] = [{"event": "launch", "time": 0.0}, {"event": "start", "time": 10.0}]
     intervals = []
     for n in range(3):
-        intervals.append(times(saver, log, mtbf_hours=1.0).interval)
+        t = times(saver, log, mtbf_hours=1.0)
+        t.ended(good(stall=0.5))
+        intervals.append(t._interval()["young_daly_s"])
         log += [{"event": "failure", "time": 600.0 * (n + 1)}, {"event": "start", "time": 600.0 * (n + 1) + 1}]
     assert intervals[0] > intervals[1] > intervals[2]
     assert intervals[2] == pytest.approx(young_daly(0.5, (3600 + 590 + 599) / 3))
