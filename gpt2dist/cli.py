@@ -511,7 +511,7 @@ def export(location: str, output: str, step: int | None, as_json: bool) -> None:
     from gpt2dist.model import hf
     from gpt2dist.train.saved import open_model
 
-    saved = open_model(location, step, verify=True)
+    saved = open_model(location, step)
     hf.export(output, saved.config, saved.weights, saved.vocab_dir)
     if as_json:
         click.echo(json.dumps({"step": saved.step, "output": output}))
@@ -583,8 +583,8 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        if row["step"] is None:
-            click.echo(f"damaged: {row['reason']}")
+        if "bytes" not in row:  # its index cannot be read
+            click.echo(f"step {row['step']:>8}  damaged: {row['reason']}")
         else:
             state = "valid" if row["valid"] else f"damaged: {row['reason']}"
             made = f"{row['world_size']} workers, ZeRO-{row['zero_stage']}"
@@ -640,12 +640,12 @@ def _existing(run_dir: str) -> str:
 
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
     """The configuration of a run directory and its newest checkpoint."""
-    from gpt2dist import storage
+    from gpt2dist.train import rundir
     from gpt2dist.train.saved import find_checkpoint
 
-    config = storage.location(_existing(run_dir)) / "config.toml"
+    config = f"{_existing(run_dir).rstrip('/')}/config.toml"
     try:
-        run = parse_toml(storage.read_bytes(config), str(config), overrides)
+        run = parse_toml(rundir.config_text(run_dir), config, overrides)
     except FileNotFoundError:
         raise UserError(f"{config}: no such file") from None
     return run, find_checkpoint(run_dir)

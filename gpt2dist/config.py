@@ -71,13 +71,13 @@ class ModelSection(Section):
 
     preset: Literal["", "tiny", "124M", "355M", "774M", "1558M"] = ""
     """A published size of GPT-2, or `tiny`."""
-    n_layer: int | None = Field(default=None, ge=1)
+    n_layer: int | None = Field(default=None, ge=1, le=10_000)
     """Transformer blocks."""
-    n_head: int | None = Field(default=None, ge=1)
+    n_head: int | None = Field(default=None, ge=1, le=1_000_000)
     """Attention heads; divides n_embd."""
-    n_embd: int | None = Field(default=None, ge=1)
+    n_embd: int | None = Field(default=None, ge=1, le=1_000_000)
     """Width of the residual stream."""
-    n_positions: int | None = Field(default=None, ge=1)
+    n_positions: int | None = Field(default=None, ge=1, le=100_000_000)
     """Rows of the position table; by default data.seq_len."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the embeddings, in attention and on both residual branches."""
@@ -103,7 +103,7 @@ class DataSection(Section):
 
     path: str | dict[str, float] = ""
     """A prepared data set, or a table of them with their weights; by default prepare.output."""
-    seq_len: int = Field(default=1024, ge=1)
+    seq_len: int = Field(default=1024, ge=1, le=100_000_000)
     """Tokens a sequence (T); a sample holds T+1 ids."""
     verify: bool = False
     """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from gpt2dist.train import rundir
 POLL_S, REMOTE_POLL_S = 0.25, 2.0
 """Between two looks at the run directory; each is some requests to an object store."""
 PIPE_INTERVAL_S = 20.0
+FULL_BYTES = 1 << 20
+"""A disk with less room than this is said to be full."""
 
 
 def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: float) -> None:
@@ -23,6 +26,7 @@ def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: fl
     view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
     poll_s = POLL_S if is_local(location(run.run_dir)) else REMOTE_POLL_S
     first_step: int | None = None  # of the newest attempt; lines of earlier steps are not news
+    was_full = False
     with view:
         finished = False
         while not finished:
@@ -37,6 +41,10 @@ def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: fl
                         first_step = event["step"]
             if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
                 view.show(metrics[-1])
+            full = _is_full(run)
+            if full and not was_full:  # then nothing new can be read either
+                view.say(f"the disk of {run.run_dir} is full: training goes on, but nothing can be saved; make room")
+            was_full = full
             if not finished:
                 _sleep(poll_s, done)
 
@@ -47,6 +55,10 @@ def _tails(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return rundir.events_log(run.run_dir).tail(), rundir.metrics_log(run.run_dir).tail(4096)
     except StorageError:
         return [], []
+
+
+def _is_full(run: RunConfig) -> bool:
+    return is_local(location(run.run_dir)) and shutil.disk_usage(run.run_dir).free < FULL_BYTES
 
 
 def _sleep(seconds: float, done: Callable[[], bool]) -> None:

@@ -79,7 +79,10 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f"{run.batch.micro_sequences}; raise prepare.val_fraction or set eval.every_steps = 0"
         )
     check_writable(run.run_dir)
-    found = checkpoint.newest(run.run_dir)
+    try:
+        found = checkpoint.newest(run.run_dir)
+    except checkpoint.NoneLeft as e:
+        raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
     if found is None:
         hf.check_init(run, source)
         return Preflight(0, finished=False)
@@ -249,6 +252,8 @@ def failed(error: BaseException) -> TrainingFailed:
     """What ended a Ray Train job, as its cause in one line."""
     if isinstance(error, TrainingFailed):
         return error
+    if isinstance(error, UserError):
+        return TrainingFailed(str(error))
     if isinstance(error, ray.train.WorkerGroupError):
         return TrainingFailed(first_cause(error.worker_failures))
     text = str(error.controller_failure) if isinstance(error, ray.train.ControllerError) else str(error)

@@ -1,7 +1,9 @@
-"""Checkpoints in the background: the step is held only while the state is copied to host memory.
+"""Checkpoints in the background: copied to host memory while the next step computes its gradients, then written.
 
-    idle ── begin: snapshot ──► writing ── all ranks have written ──► committing ── index published ──► idle
-                                   └────────────── a rank could not write ──────────────┴──► idle, not saved
+    idle ── begin ──► copying ──► writing ── all ranks have written ──► committing ── index published ──► idle
+                                     └────────────── a rank could not write ──────────────┴──► idle, not saved
+
+The state changes only when the optimizer takes a step; `hold` waits for the copy, should it not be done by then.
 
 All ranks call the same methods after the same steps. What moves them on travels with the all-reduce that every step
 has anyway: how many ranks are still busy, and how many have failed. One save is in flight at a time; whoever wants
@@ -10,6 +12,7 @@ another one asks again later.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -86,11 +89,10 @@ class Saver:
         self.ranks = ranks
         self._snapshot = Snapshot(ranks.rank, attempt)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copied = threading.Event()
         self._tables: list[SavedFragment] | None = None
         self._save: _Save | None = None
         self._seconds: list[float] = []
-        self.stalls: list[float] = []
-        """Seconds of the newest saves' stalls."""
 
     @property
     def busy(self) -> bool:
@@ -107,12 +109,29 @@ class Saver:
         self._snapshot.take(self.ranks.fragments(owned=True))
 
     def begin(self, step: int, directory: UPath, commit: Callable[[Written], None]) -> None:
-        """Take the state as it is now, and write it in the background; `commit` is rank 0's last act, there too."""
+        """Save the state as it is now; `commit` is rank 0's last act. Before it changes, call `hold`."""
         start = time.monotonic()
         fragments: list[Fragment] = list(self.ranks.fragments(owned=True))
-        self._snapshot.take(fragments)
-        work = self._thread.submit(self._snapshot.write, directory)
+        self._copied.clear()
+        work = self._thread.submit(self._copy_and_write, fragments, directory)
         self._save = _Save(step, directory, commit, start, time.monotonic() - start, work)
+
+    def _copy_and_write(self, fragments: list[Fragment], directory: UPath) -> SavedFile:
+        try:
+            self._snapshot.take(fragments)
+        finally:
+            self._copied.set()
+        return self._snapshot.write(directory)
+
+    def hold(self) -> float:
+        """Wait until the save in flight has its copy of the state, which may then change; returns the seconds."""
+        if self._save is None:
+            return 0.0
+        start = time.monotonic()
+        self._copied.wait()
+        seconds = time.monotonic() - start
+        self._save.stall += seconds
+        return seconds
 
     def status(self) -> list[float]:
         """[busy, failed] of this rank, to be summed over all for `advance`."""
@@ -180,7 +199,6 @@ class Saver:
         if not problem:
             self._snapshot.kept()
             self._seconds = [*self._seconds, seconds][-RECENT:]
-            self.stalls = [*self.stalls, save.stall][-RECENT:]
         return Outcome(save.step, seconds, save.stall, self._snapshot.bytes, problem)
 
 

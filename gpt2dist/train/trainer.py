@@ -26,9 +26,9 @@ from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, positions
 from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import StorageError, is_local, location
+from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, divergence, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
+from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.notice import Notice, plan
@@ -41,8 +41,6 @@ from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
 """Steps between two collections of cyclic garbage; left to Python they come at any time, on each rank at another."""
-REQUEST_POLL_S = 3.0
-"""Between two looks for a request on an object store."""
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
@@ -109,7 +107,7 @@ class Trainer:
         self.events = rundir.events_log(run.run_dir)
         self.step = 0  # steps done; the next one has this number
         self.attempt = 0
-        self.look_for_request = 0.0  # not before this time
+        self.requests = rundir.Requests(run.run_dir)
         self.next_ask = 0.0
         self.notice: Notice | None = None
         self.leave_at = float("inf")
@@ -158,6 +156,7 @@ class Trainer:
             self._log(metrics)
             if self._diverged(metrics):
                 return "rewound"
+            self.times.step(metrics["step_s"])
             self._save_in_background(wishes)
             if wishes.ask:
                 self._look_for_notice(metrics["step_s"])
@@ -175,8 +174,8 @@ class Trainer:
         return end
 
     def close(self) -> None:
-        """Write the metrics that wait, also after a failure."""
-        self.metrics.flush()
+        """Write the log lines that wait, also after a failure."""
+        self._flush()
         if self.attempt:
             self.watchdog.close()
             self.saver.close()
@@ -189,14 +188,16 @@ class Trainer:
         losses = self.forward_backward(batch)  # ends by reading the losses, so all its work is done
         forward_backward = time.perf_counter() - start - data_wait
         lr = learning_rate(self.run.optim, self.step, self.run.train.steps)
+        held = self.saver.hold()
+        self.save_seconds += held
         result = self.engine.step(lr)  # ends by reading the norm
-        optimizer = time.perf_counter() - start - data_wait - forward_backward
+        optimizer = time.perf_counter() - start - held - data_wait - forward_backward
         # One all-reduce carries losses and peaks (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
         peaks = [0.0] * self.world_size
         peaks[self.rank] = float(self.engine.memory.bytes())
         mine = [losses, peaks, self._wishes()]
         losses, peaks, wishes = _unflatten(self.engine.sum_over_ranks([v for part in mine for v in part]), mine)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - held
         metrics = {
             "step": self.step,
             "loss": sum(losses) / len(losses),
@@ -256,34 +257,48 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def restore(self) -> None:
-        """Load the newest checkpoint that is whole, and open a new attempt."""
+        """Load the newest checkpoint that is whole, and open a new attempt.
+
+        Raises:
+            NoneLeft: there are some, but all are damaged.
+        """
+        steps: list[int] = []
         if self.rank == 0:  # what was saved after a divergence had begun
             for rewind in rundir.rewinds(self.events.read()):
                 checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
-        for step in self._agree([c.index.step for c in self._committed()]):
-            found = checkpoint.step_directory(self.run.run_dir, step)
-            try:
-                candidate = Checkpoint(found, checkpoint.read_index(found))
-                checkpoint.verify(candidate, self.rank, self.world_size)
-                problem = ""
-            except BadCheckpoint as e:
-                problem = str(e)
-            problems = [p for p in self.engine.gather_objects(problem) if p]
-            if problems:
-                self._event("bad_checkpoint", step=step, reason=problems[0])
-                continue
-            checkpoint.load(candidate, self.engine.fragments(owned=False))
-            self.engine.state_changed()
-            self.engine.load_scalars(candidate.index.scalars)
-            self.step = self.saved_step = self.ledger_end = step
-            before, now = candidate.index.data_fingerprint, self.data.fingerprint
-            if before != now:
-                self._event("data_changed", step=step, before=before, now=now)
-            break
+            steps = checkpoint.steps(self.run.run_dir)
+        first_problem = ""
+        for step in self._agree(steps):
+            problem = self._load(step)
+            if not problem:
+                break
+            first_problem = first_problem or problem
+            self._event("bad_checkpoint", step=step, reason=problem)
         else:
+            if first_problem:  # to begin again would be another run
+                raise NoneLeft(self.run.run_dir, first_problem)
             if self.run.model.init_from:
                 self.engine.set_weights(hf.read_weights(self.run.model.init_from))
         self._open_attempt()
+
+    def _load(self, step: int) -> str:
+        """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
+        problem = ""
+        try:
+            found = checkpoint.open_step(self.run.run_dir, step)
+            checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
+            checkpoint.load(found, self.engine.fragments(owned=False))
+        except (BadCheckpoint, Misfit) as e:
+            problem = str(e)
+        if problems := [p for p in self.engine.gather_objects(problem) if p]:
+            return str(problems[0])
+        self.engine.state_changed()
+        self.engine.load_scalars(found.index.scalars)
+        self.step = self.saved_step = self.ledger_end = step
+        before, now = found.index.data_fingerprint, self.data.fingerprint
+        if before != now:
+            self._event("data_changed", step=step, before=before, now=now)
+        return ""
 
     def save(self) -> None:
         """Wait until the state of the current step is committed. A collective.
@@ -302,7 +317,10 @@ class Trainer:
             if outcome is None or not outcome.problem:
                 return
             if self._agree(time.monotonic() > give_up):
-                raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}")
+                newest = f"the newest checkpoint is that of step {self.saved_step}"
+                if self.saved_step <= 0:
+                    newest = "there is no checkpoint"
+                raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}; {newest}")
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
@@ -380,20 +398,22 @@ class Trainer:
     def _open_attempt(self) -> None:
         """Drop what earlier attempts left but did not commit, and log the start of this one."""
         if self.rank == 0:
-            checkpoint.clear_unfinished(self.run.run_dir)
+            checkpoint.clear(self.run.run_dir, self.step)
             attempts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
             self.attempt = max(attempts, default=0) + 1
             self.ledger.keep(lambda line: bool(line["step"] < self.step))
             redone = self.metrics.keep(lambda line: bool(line["step"] < self.step))
-            self._event(
-                "start",
-                attempt=self.attempt,
-                step=self.step,
-                world_size=self.world_size,
-                zero_stage=self.run.train.zero_stage,
-                redone_steps=len(redone),
-                redone_s=sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
-            )
+            start = {
+                "time": time.time(),
+                "event": "start",
+                "attempt": self.attempt,
+                "step": self.step,
+                "world_size": self.world_size,
+                "zero_stage": self.run.train.zero_stage,
+                "redone_steps": len(redone),
+                "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
+            }
+            self.events.append(start)  # without it the stream would not know where to begin
         self.attempt = self._agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
@@ -402,6 +422,8 @@ class Trainer:
         self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
+        if self.run.checkpoint.every_minutes == "auto":
+            self._event("save_interval", **self.times.reasoning)
 
     # ------------------------------------------------------------------ small things
 
@@ -429,6 +451,7 @@ class Trainer:
                 "(their samples are in events.jsonl)"
             )
         if self.rank == 0:
+            self._flush()
             ids = SampleOrder(self.run, self.data).samples(first * size, self.step * size)
             split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
             self._event(
@@ -461,7 +484,7 @@ class Trainer:
         """Skipped steps of the whole run; rank 0 only."""
         if self.rank:
             return 0
-        self.metrics.flush()
+        self._flush()
         return sum("skipped" in line for line in self.metrics.read())
 
     def _wishes(self) -> list[float]:
@@ -479,11 +502,7 @@ class Trainer:
         ]
 
     def _request(self) -> float:
-        now = time.monotonic()
-        if now < self.look_for_request:
-            return 0.0
-        self.look_for_request = now + (0.0 if is_local(location(self.run.run_dir)) else REQUEST_POLL_S)
-        return {"": 0.0, rundir.STOP: 1.0, rundir.RESIZE: 2.0}[rundir.requested(self.run.run_dir)]
+        return {"": 0.0, rundir.STOP: 1.0, rundir.RESIZE: 2.0}[self.requests.newest()]
 
     def _look_for_notice(self, step_seconds: float) -> None:
         """Ask for a preemption notice; on a new one, decide what is still worth doing. A collective."""
@@ -514,9 +533,6 @@ class Trainer:
     def _to_device(self, tokens: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
 
-    def _committed(self) -> list[Checkpoint]:
-        return [c for c in checkpoint.committed(self.run.run_dir) if isinstance(c, Checkpoint)]
-
     def _agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         return self.engine.gather_objects(value)[0]
@@ -527,9 +543,11 @@ class Trainer:
     def _log(self, metrics: dict[str, Any]) -> None:
         if self.rank == 0:
             self.metrics.try_append(metrics)
-            if "val_loss" in metrics:
-                with contextlib.suppress(StorageError):  # it goes with the next ones
-                    self.metrics.flush()
+
+    def _flush(self) -> None:
+        for log in (self.metrics, self.events):
+            with contextlib.suppress(OSError, StorageError):  # the storage is away, or full
+                log.flush()
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.rank == 0:

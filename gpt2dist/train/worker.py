@@ -56,6 +56,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def _train(run: RunConfig) -> str:
     # Here, because the driver imports this module too, and DeepSpeed looks for devices when it is imported.
+    from gpt2dist.train.checkpoint import NoneLeft
     from gpt2dist.train.engine import Engine
     from gpt2dist.train.trainer import Diverged, NotSaved, Trainer
 
@@ -63,7 +64,10 @@ def _train(run: RunConfig) -> str:
     with contextlib.closing(engine):
         trainer = Trainer(run, engine, preemption_notice)
         with contextlib.closing(trainer):
-            trainer.restore()
+            try:
+                trainer.restore()
+            except NoneLeft as e:
+                return f"{GIVEN_UP}{e}"
             shard = ray.train.get_dataset_shard(DATASET)
             batches = step_batches(shard, run, engine.rank, engine.world_size, trainer.step)
             try:

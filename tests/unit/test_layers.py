@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -51,6 +52,7 @@ def layer(module: str) -> tuple[int, str]:
     return depth, prefix
 
 
+@functools.cache
 def imports() -> list[tuple[str, str]]:
     found = []
     for path in (ROOT / "gpt2dist").rglob("*.py"):
