@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,6 +31,9 @@ class Section(BaseModel):
     """Base of all sections: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class PrepareSection(Section):
@@ -404,23 +407,32 @@ def load_run(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not TOML, or a key is unknown, missing or of the wrong type.
     """
+    return parse_toml(read_file(path), str(path), overrides)
+
+
+def read_file(path: str | Path) -> bytes:
+    """A local file that the user named. Raises `UserError`."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
-    return parse_toml(data, str(path), overrides)
 
 
-def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+def parse_table(data: bytes, source: str) -> dict[str, Any]:
+    """The table of a TOML file's content; `source` names it in error messages. Raises `UserError`."""
     try:
-        table = tomllib.loads(data.decode())
+        return tomllib.loads(data.decode())
     except UnicodeDecodeError as e:
         raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{source}: not valid TOML: {e}") from None
+
+
+def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+    table = parse_table(data, source)
     for override in overrides:
         _apply_override(table, override)
     return parse_run(table, source)
@@ -428,12 +440,17 @@ def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> Run
 
 def parse_run(table: dict[str, Any], source: str) -> RunConfig:
     """Validate a table; `source` names it in error messages. Raises `UserError`."""
+    return validate(RunConfig, table, source)
+
+
+def validate(model: type[S], table: dict[str, Any], source: str) -> S:
+    """A section of a table; `source` names the table in error messages. Raises `UserError`."""
     try:
-        return RunConfig.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as e:
         problems = e.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
+        raise UserError(f"{source}: {_explain(model, problems[0])}{more}") from None
 
 
 def _absolute(location: str) -> str:
@@ -456,15 +473,18 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[path[-1]] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(model: type[Section], problem: Any) -> str:
     """One line for one pydantic error: the key, what is wrong, the nearest valid name."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     kind = problem["type"]
     if kind == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = model
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            if hasattr(section, "model_fields"):
+                section = section.model_fields[part].annotation
+            else:  # a table of sections, dict[str, Section]
+                section = get_args(section)[1]
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         where = f"in [{'.'.join(location[:-1])}]" if location[:-1] else "at the top level"
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"

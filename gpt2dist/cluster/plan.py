@@ -61,12 +61,14 @@ def memory(run: RunConfig) -> dict[str, int]:
     of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
     parts["Adam moments"] = 8 * share[1] - 4 * of_muon  # Muon has one moment
     if run.train.offload_optimizer and not on_cpu:
-        parts |= {"master weights": 0, "Adam moments": 0}
+        parts |= {"master weights": 0, "gradients": 0, "Adam moments": 0}
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
-    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored.
-    activations = 17 * low * config.n_embd * config.n_layer * tokens
+    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored. With
+    # checkpointing the input of each block, and all of the one that is computed again.
+    each = config.n_layer + 17 if run.train.activation_checkpointing else 17 * config.n_layer
+    activations = each * low * config.n_embd * tokens
     # Once, their gradient taking their place; of some rows at a time twice in fp32 (model/loss.py).
     rows = min(tokens, ROWS["cpu" if on_cpu else "cuda"])
     logits = (low * tokens + 8 * rows) * config.padded_vocab_size
