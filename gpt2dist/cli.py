@@ -16,15 +16,23 @@ from typing import Any
 import click
 from rich.console import Console
 
-from gpt2dist import __version__
-from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist import STARTED, __version__
+from gpt2dist.commands.common import (
+    command,
+    existing,
+    fail,
+    json_option,
+    read_config,
+    run_dir_argument,
+    set_option,
+)
 from gpt2dist.commands.jobs import jobs, submit
 from gpt2dist.commands.plan import plan
-from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
+from gpt2dist.commands.report import goodput
+from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
 
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
-run_dir_argument = click.argument("run_dir", type=click.Path())
 precision_option = click.option(
     "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic."
 )
@@ -48,6 +56,7 @@ def main() -> None:
 main.add_command(plan)
 main.add_command(submit)
 main.add_command(jobs)
+main.add_command(goodput)
 
 
 @main.command()
@@ -211,13 +220,14 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
             with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
-                job = launch.TrainJob(run)
+                job = launch.TrainJob(run, STARTED)
                 on_stop(job.request_stop)
                 live.follow(run, console, job.done, started)
                 try:
                     job.check()
                 except launch.TrainingFailed as e:
                     failure = e
+        job.left()
         if failure:
             fail(f"training failed: {failure}; log: {log}", 1)
     if lock:
@@ -533,7 +543,7 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
     from gpt2dist.report.tables import size
     from gpt2dist.train import checkpoint as store
 
-    rows = [store.describe(c, run_dir) for c in store.committed(_existing(run_dir))]
+    rows = [store.describe(c, run_dir) for c in store.committed(existing(run_dir))]
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -564,7 +574,7 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
     from gpt2dist.train import checkpoint as store
 
     rows = []
-    found = list(store.committed(_existing(run_dir)))
+    found = list(store.committed(existing(run_dir)))
     for c in track(found, "hashing", console=make_console(stderr=True), transient=True):
         row = store.describe(c, run_dir)
         if isinstance(c, store.Checkpoint) and row["valid"]:
@@ -584,23 +594,8 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _existing(run_dir: str) -> str:
-    from gpt2dist import storage
-
-    path = storage.location(run_dir)
-    if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
-        raise UserError(f"{run_dir}: no such run directory")
-    return run_dir
-
-
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
     """The configuration of a run directory and its newest checkpoint."""
-    from gpt2dist import storage
     from gpt2dist.train.saved import find_checkpoint
 
-    config = storage.location(_existing(run_dir)) / "config.toml"
-    try:
-        run = parse_toml(storage.read_bytes(config), str(config), overrides)
-    except FileNotFoundError:
-        raise UserError(f"{config}: no such file") from None
-    return run, find_checkpoint(run_dir)
+    return read_config(run_dir, overrides), find_checkpoint(run_dir)

@@ -291,6 +291,8 @@ class ClusterSection(Section):
     Machines that are taken away with notice do not count."""
     resize_interval_s: float = Field(default=60.0, gt=0)
     """With [min, max]: how often to look whether there are machines for more workers, or for fewer."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Dollars that a worker costs in an hour; with it `goodput` tells what the run has cost."""
     hang_timeout_s: float = Field(default=600.0, ge=0)
     """A worker that finishes no step for so long is taken for hung: the stacks of all are written to the run's
     directory, and the group starts again. Raise it where a step or an evaluation takes longer; 0: off."""

@@ -125,13 +125,14 @@ class TrainJob:
     one goes on.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, began: float) -> None:
+        """`began`: Unix time at which the command began, from which start-up counts."""
         self.run = run.absolute()
         directory = location(self.run.run_dir)
         rundir.withdraw(self.run.run_dir)
         publish(directory / "config.toml", self.run.to_toml().encode())
         self._events = rundir.events_log(self.run.run_dir)
-        self._events.append({"time": time.time(), "event": "launch"})
+        self._events.append({"time": time.time(), "event": "launch", "began": began})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -143,6 +144,10 @@ class TrainJob:
     def request_stop(self) -> None:
         """Save after the current step, and end."""
         rundir.request(self.run.run_dir, rundir.STOP)
+
+    def left(self) -> None:
+        """Log that the command has ended; at its very end, so that it is known until when it took time."""
+        self._events.try_append({"time": time.time(), "event": "exit"})
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
@@ -168,15 +173,14 @@ class TrainJob:
             try:
                 end = str(self._worker_group(scratch).fit().return_value)
             except ray.train.TrainingFailedError as error:
-                if _is_preemption(error):
-                    continue
-                before, saved = saved, self._saved_step()
-                failures = 1 if saved > before else failures + 1
-                if 0 <= limit < failures:
-                    raise
-                pause = BACK_OFF_S * (2 ** (failures - 1) - 1)
-                if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
-                    return
+                if not _is_preemption(error):
+                    before, saved = saved, self._saved_step()
+                    failures = 1 if saved > before else failures + 1
+                    if 0 <= limit < failures:
+                        raise
+                    pause = BACK_OFF_S * (2 ** (failures - 1) - 1)
+                    if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
+                        return
             else:
                 if end.startswith(GIVEN_UP):
                     raise TrainingFailed(end.removeprefix(GIVEN_UP))
@@ -185,6 +189,7 @@ class TrainJob:
                 failures = 0
             if rundir.requested(self.run.run_dir) == rundir.RESIZE:
                 rundir.withdraw(self.run.run_dir)
+            self._events.try_append({"time": time.time(), "event": "restart"})
 
     def _saved_step(self) -> int:
         found = checkpoint.newest(self.run.run_dir)

@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from gpt2dist.train.peak import peak_flops
 from gpt2dist.train.profile import Profile
 from gpt2dist.train.saver import Outcome, Saver, Written
 from gpt2dist.train.savetimes import SaveTimes
+from gpt2dist.train.spent import by_attempt
 from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
@@ -138,7 +139,9 @@ class Trainer:
         with ThreadPoolExecutor(1) as reader:  # the stream starts up while the validation loss is computed
             first = reader.submit(lambda: list(itertools.islice(batches, 1)))
             if self.step == 0 and every:
-                self._event("eval", step=0, val_loss=self.evaluate())
+                start = time.perf_counter()
+                loss = self.evaluate()
+                self._event("eval", step=0, val_loss=loss, seconds=time.perf_counter() - start)
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
         end: End = "finished"
@@ -382,6 +385,7 @@ class Trainer:
                 zero_stage=self.run.train.zero_stage,
                 redone_steps=len(redone),
                 redone_s=sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
+                redone=[asdict(spent) for spent in by_attempt(redone)],
             )
         self.attempt = self._agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
