@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -109,8 +109,11 @@ class DataSection(Section):
     """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
     copied from an object store."""
     allow_changed: bool = False
-    """Go on with a run although the data set is another one than it was trained on so far: which samples of this one it
-    has seen is then not known, and `audit` cannot prove the steps before."""
+    """Go on with a run although steps will train on other samples than so far: another data set, or a changed key
+    that decides the order (docs/checkpoints.md). Which samples it has seen is then not known, and `audit` cannot prove
+    the steps before."""
+    skip: list[Annotated[tuple[int, int], Field(strict=False)]] = []
+    """Positions [first, end) of the sample order that are left out; a rewind (train.rewind) adds to them by itself."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)
@@ -126,6 +129,15 @@ class DataSection(Section):
         if not isinstance(path, (str, dict)) or path == {}:
             raise ValueError(f"a path, or a table of paths with their weights, got {json.dumps(path, default=str)}")
         return path
+
+    @field_validator("skip")
+    @classmethod
+    def _disjoint(cls, skip: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        ordered = sorted(skip)
+        starts = [0, *(end for _, end in ordered)]
+        if any(first < least or first >= end for (first, end), least in zip(ordered, starts, strict=False)):
+            raise ValueError(f"ranges [first, end) that do not overlap, got {json.dumps(skip)}")
+        return ordered
 
 
 class BatchSection(Section):
@@ -163,6 +175,17 @@ class TrainSection(Section):
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""
+    nan_at: list[int] = []
+    """Steps whose gradients are made NaN on purpose, to see what becomes of a run."""
+    rewind: bool = False
+    """After `rewind_after` steps in a row whose loss is not finite or has jumped (`spike`), go back to the last
+    checkpoint before them and leave their samples out; events.jsonl names the documents."""
+    rewind_after: int = Field(default=3, ge=1)
+    """Bad steps in a row that are a divergence."""
+    spike: float = Field(default=1.0, gt=0)
+    """A loss this far above the median of the last 100 steps, in nats, has jumped."""
+    max_rewinds: int = Field(default=5, ge=1)
+    """A run that diverges once more than this stops, naming the samples."""
     initial_loss_scale: int = Field(default=2**16, ge=1)
     """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     profile_steps: tuple[int, int] | None = Field(default=None, strict=False)
@@ -286,6 +309,8 @@ class ClusterSection(Section):
     """CPUs that Ray reserves for a worker; also its threads."""
     gpus_per_worker: float = Field(default=0, ge=0, le=1)
     """1 trains on CUDA with NCCL, 0 on the CPU with gloo."""
+    accelerator: str = ""
+    """Train only on machines with these GPUs, by Ray's name (`A100`, `H100`, `L4`, …); by default on any."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts of the worker group after failures in a row with no checkpoint between them; -1 is without limit.
     Machines that are taken away with notice do not count."""
@@ -304,6 +329,12 @@ class ClusterSection(Section):
         if len(both) != 2 or not all(type(n) is int and n >= 1 for n in both) or both[0] > both[1]:
             raise ValueError(f"a number of workers, or [min, max], got {json.dumps(workers, default=str)}")
         return tuple(both) if isinstance(workers, (list, tuple)) else workers
+
+    @model_validator(mode="after")
+    def _accelerator_is_used(self) -> ClusterSection:
+        if self.accelerator and not self.gpus_per_worker:
+            raise ValueError(f'accelerator = "{self.accelerator}" needs gpus_per_worker = 1')
+        return self
 
     @property
     def min_workers(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import shlex
 import shutil
@@ -175,6 +176,8 @@ class JobClient:
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send it
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # "Uploading package …"
         with self._errors():
             self._ray = JobSubmissionClient(self.address)
 
@@ -291,8 +294,10 @@ class JobClient:
         try:
             yield
         except AuthenticationError as e:
-            missing = "required" in str(e).partition(":")[0]
-            problem = "the cluster wants a token (401)" if missing else "the cluster refuses the token (403)"
+            code = 401 if "required" in str(e).partition(":")[0] else 403
+            problem = (
+                f"the cluster refuses the token ({code})" if has_token() else f"the cluster wants a token ({code})"
+            )
             how = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
             raise UserError(f"address: {self.address}: {problem}; Ray takes it from {how}") from None
         except (requests.exceptions.RequestException, aiohttp.ClientError, OSError) as e:

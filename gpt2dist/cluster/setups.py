@@ -380,7 +380,7 @@ class Planner:
         return Cost(mtbf, interval, goodput, hours, usd)
 
     def as_written(self, candidates: Iterable[Candidate]) -> list[Setup]:
-        """The run file's workers and options on each kind of machine; of [min, max] as many as there may be machines."""
+        """The run file's workers and options on each kind of machine; of [min, max] as many as there can be."""
         return [self._as_written(candidate) for candidate in candidates]
 
     def _as_written(self, candidate: Candidate) -> Setup:

@@ -108,8 +108,8 @@ class _Account:
         self.began = self.now = float(first.get("began", first["time"]))
         self.workers = 0
         self.attempt: int | None = None
-        # new: no command yet; open: a worker group is coming or at work; failed; going on: saved, another group
-        # follows; over: saved, nothing follows.
+        # new: no command yet; open: a worker group is coming or at work; failed; going on: ended on purpose, another
+        # group follows; over: saved, nothing follows.
         self.state: Literal["new", "open", "failed", "going on", "over"] = "new"
         self.paused = 0.0
         self.failures = 0
@@ -129,6 +129,7 @@ class _Account:
             "start": self._start,
             "eval": self._eval,
             "end": self._end,
+            "rewind": self._end,
             "failure": self._failure,
             "exit": self._exit,
         }
@@ -188,7 +189,8 @@ class _Account:
     def _end(self, event: dict[str, Any]) -> None:
         if self.state == "open":
             self._to(event["time"], "checkpoint_stall" if self._steps() else "start_up", self.workers)
-        self.state = "going on" if event["reason"] in ("preempted", "resized") else "over"
+        over = event["event"] == "end" and event["reason"] in ("finished", "stopped")
+        self.state = "over" if over else "going on"
 
     def _failure(self, event: dict[str, Any]) -> None:
         if self.state == "open":

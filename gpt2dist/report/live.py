@@ -70,6 +70,10 @@ def describe(event: dict[str, Any]) -> str | None:
         return f"a machine with {_workers(event['ranks'])} will be taken away {_when(event)}: {_reaction(event)}"
     if kind == "resize":
         return f"going on with {event['workers']} workers"
+    if kind == "rewind":
+        first, end = event["steps"]
+        left_out = sum(b - a for a, b in event["positions"])
+        return f"the loss diverged in steps {first} to {end - 1}: going back, and leaving their {left_out} samples out"
     if kind == "hang":
         where = f"stacks of all are in {rundir.STACKS}/"
         return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; {where}"

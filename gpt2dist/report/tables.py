@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
 from gpt2dist.report.goodput import MEANING, Goodput, goodput
 from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train.resume import WORDS, Change
 
 
 def size(number: float) -> str:
@@ -107,6 +108,34 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
         f"memory of one worker, ZeRO-{run.train.zero_stage}, {run.train.precision} (computed)",
         {name: size(value) for name, value in {**memory, **total}.items()},
     )
+
+
+def changed(console: Console, step: int, changes: Sequence[Change]) -> None:
+    """What a run file changes in a run that goes on."""
+    if changes:
+        console.print(f"going on from step {step:,} with changes:")
+    for change in changes:
+        console.print(f"  {change} ({WORDS[change.effect]})")
+
+
+def verdict(console: Console, v: Mapping[str, Any]) -> None:
+    """What `chaos` found."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "fault", "what happened", "until further than before"):
+        table.add_column(column, justify="right" if column == "step" else "left")
+    for fault in v["faults"]:
+        table.add_row(str(fault["step"]), fault["fault"], fault["what"], f"{fault['seconds']:.1f} s")
+    console.print(table)
+    apart, allowed, audit = v["largest_difference"], v["allowed"], v["audit"]
+    same = "equal in every step" if apart == 0 else f"differ by {apart:.2g} at most"
+    sizes = " → ".join(map(str, v["world_sizes"]))
+    rows = {
+        "losses": f"{same} ({allowed:g} allowed; workers: {sizes})",
+        "samples": f"{audit['samples']:,} once, {audit['duplicates']} twice, {audit['gaps']} never",
+        "worker groups": f"{v['attempts']}, {v['redone_steps']} steps done again",
+        "verdict": "PASSED" if v["passed"] else "FAILED",
+    }
+    pairs(console, "", rows)
 
 
 def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:

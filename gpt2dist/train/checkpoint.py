@@ -221,6 +221,17 @@ def clear_unfinished(run_dir: str) -> list[int]:
     return sorted(step for step, _ in left)
 
 
+def remove_after(run_dir: str, step: int, attempt: int) -> list[int]:
+    """Delete checkpoints of later steps that this attempt or an earlier one saved; returns their steps."""
+    gone = []
+    for found in committed(run_dir):
+        if isinstance(found, Checkpoint) and found.index.step > step and found.index.attempt <= attempt:
+            remove(found.path / INDEX)
+            remove_tree(found.path)
+            gone.append(found.index.step)
+    return gone
+
+
 def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
     """Delete all but the newest `keep` checkpoints and every `keep_every`-th step; returns the deleted steps.
 

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
-from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train import checkpoint, resume, rundir
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
@@ -46,6 +47,8 @@ class Preflight:
     """Step at which training goes on; 0 for a new run."""
     finished: bool
     """Nothing is left to do."""
+    changes: list[resume.Change]
+    """What the run file has changed since the newest checkpoint."""
 
 
 def preflight(run: RunConfig, source: str) -> Preflight:
@@ -82,40 +85,19 @@ def preflight(run: RunConfig, source: str) -> Preflight:
     found = checkpoint.newest(run.run_dir)
     if found is None:
         hf.check_init(run, source)
-        return Preflight(0, finished=False)
+        return Preflight(0, finished=False, changes=[])
+    changed = compare(run, found, data)
+    if reason := resume.refusal(changed, run.data.allow_changed):
+        raise UserError(f"{source}: {reason}")
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    if found.index.data_fingerprint != data.fingerprint and not run.data.allow_changed:
-        raise UserError(
-            f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
-            f"{data} is {data.fingerprint[:16]}; to go on all the same: --set data.allow_changed=true"
-        )
-    optimizer = found.index.config["optim"].get("name", "adamw")
-    if optimizer != run.optim.name:
-        raise UserError(
-            f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
-            "of another kind; choose another name for a new run"
-        )
-    _check_same_order(run, found.index.config, source)
-    return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
+    return Preflight(found.index.step, found.index.step >= run.stop_step, changed)
 
 
-def _check_same_order(run: RunConfig, saved: dict[str, Any], source: str) -> None:
-    """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
-    now = run.model_dump(mode="json")
-    for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
-        before, after = (_get(table, key) for table in (saved, now))
-        if before != after:
-            raise UserError(
-                f"{source}: {key} = {after}, but the run was started with {before}: other samples would follow; "
-                "choose another name for a new run"
-            )
-
-
-def _get(table: dict[str, Any], key: str) -> Any:
-    value: Any = table
-    for part in key.split("."):
-        value = value[part]
-    return value
+def compare(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
+    """How the run differs from the one that saved the checkpoint."""
+    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute()
+    index = found.index
+    return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)
 
 
 class TrainJob:
@@ -125,14 +107,14 @@ class TrainJob:
     one goes on.
     """
 
-    def __init__(self, run: RunConfig, began: float) -> None:
-        """`began`: Unix time at which the command began, from which start-up counts."""
+    def __init__(self, run: RunConfig, began: float, changes: Sequence[resume.Change] = ()) -> None:
+        """began: Unix time at which the command began, from which start-up counts; changes: see `Preflight`."""
         self.run = run.absolute()
-        directory = location(self.run.run_dir)
-        rundir.withdraw(self.run.run_dir)
-        publish(directory / "config.toml", self.run.to_toml().encode())
         self._events = rundir.events_log(self.run.run_dir)
-        self._events.append({"time": time.time(), "event": "launch", "began": began})
+        rundir.withdraw(self.run.run_dir)
+        self._resolve()
+        changed = [change.to_json() for change in changes]
+        self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -187,9 +169,16 @@ class TrainJob:
                 if end in ("finished", "stopped"):
                     return
                 failures = 0
+                if end == "rewound":
+                    self._resolve()
             if rundir.requested(self.run.run_dir) == rundir.RESIZE:
                 rundir.withdraw(self.run.run_dir)
             self._events.try_append({"time": time.time(), "event": "restart"})
+
+    def _resolve(self) -> None:
+        """Leave out what rewinds have left out, and write the resolved configuration."""
+        self.run = rundir.with_rewinds(self.run, self._events.read())
+        publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
 
     def _saved_step(self) -> int:
         found = checkpoint.newest(self.run.run_dir)
@@ -206,7 +195,7 @@ class TrainJob:
 
     def _worker_group(self, scratch: UPath) -> TorchTrainer:
         run = self.run
-        gpus = run.cluster.gpus_per_worker
+        gpus, accelerator = run.cluster.gpus_per_worker, run.cluster.accelerator
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         # Ray's own bookkeeping is used once and thrown away, and so is its count of failures: resuming is ours.
         return TorchTrainer(
@@ -217,6 +206,7 @@ class TrainJob:
                 num_workers=run.cluster.workers,
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
+                label_selector={"ray.io/accelerator-type": accelerator} if accelerator else None,
                 elastic_resize_monitor_interval_s=run.cluster.resize_interval_s,
             ),
             run_config=RayRunConfig(

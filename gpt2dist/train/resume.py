@@ -19,7 +19,8 @@ WORDS: dict[Effect, str] = {"safe": "safe", "order": "changes the data order", "
 # safe: the state fits and every sample stands where it stood; what the key does holds from now on. (Documents that are
 #   prepared otherwise, and data elsewhere, show in the fingerprint of the data set.)
 # order: steps train on other samples from now on; some may come twice, or not at all.
-# incompatible: the saved weights or moments are those of another model or optimizer.
+# incompatible: the saved weights or moments are those of another model or optimizer. (What data.skip leaves out may
+#   change for samples that are still to come.)
 TABLE = """
 safe          name storage
 order         seed
@@ -29,11 +30,13 @@ safe          prepare.shard_mb prepare.vocab_dir
 incompatible  model.preset model.n_layer model.n_head model.n_embd model.n_positions
 safe          model.dropout model.document_mask model.init_from
 order         data.seq_len data.shuffle_window
+incompatible  data.skip
 safe          data.path data.verify data.allow_changed data.cache_gb
 order         batch.micro_sequences batch.micro_batches
 safe          train.steps train.stop_at train.precision train.zero_stage train.activation_checkpointing
 safe          train.bucket_mb train.overlap_comm train.offload_optimizer train.offload_param train.compile
-safe          train.max_skipped train.initial_loss_scale train.profile_steps train.peak_tflops
+safe          train.max_skipped train.initial_loss_scale train.profile_steps train.peak_tflops train.nan_at
+safe          train.rewind train.rewind_after train.spike train.max_rewinds
 incompatible  optim.name
 safe          optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.decay_steps optim.betas optim.eps
 safe          optim.weight_decay optim.grad_clip
@@ -41,7 +44,7 @@ safe          eval.every_steps eval.batches
 safe          checkpoint.every_steps checkpoint.every_minutes checkpoint.mtbf_hours checkpoint.background
 safe          checkpoint.retry_minutes checkpoint.keep checkpoint.keep_every
 safe          cluster.workers cluster.cpus_per_worker cluster.gpus_per_worker cluster.max_failures
-safe          cluster.resize_interval_s cluster.price_per_hour cluster.hang_timeout_s
+safe          cluster.resize_interval_s cluster.accelerator cluster.price_per_hour cluster.hang_timeout_s
 """
 
 
@@ -64,6 +67,8 @@ class Change:
     before: Any
     now: Any
     effect: Effect
+    reason: str = ""
+    """Why it is incompatible."""
 
     def __str__(self) -> str:
         return f"{self.key}: {_text(self.before)} → {_text(self.now)}"
@@ -73,33 +78,39 @@ class Change:
         return asdict(self)
 
 
-def changes(saved: dict[str, Any], run: RunConfig, data_before: str, data_now: str) -> list[Change]:
+def changes(saved: dict[str, Any], run: RunConfig, position: int, data_before: str, data_now: str) -> list[Change]:
     """How a run file differs from the configuration in a checkpoint; of a model the shape, however it is written.
 
-    saved: `Index.config`; run: with absolute paths; data_before, data_now: fingerprints of the data sets.
+    saved, position: of the checkpoint's index; run: with absolute paths, and with what rewinds left out; data_before,
+    data_now: fingerprints of the data sets.
     """
     before, now = _resolved(saved), _resolved(run.model_dump(mode="json"))
-    known = [key for key in now if key.split(".")[0] in saved]
-    found = [Change(key, before[key], now[key], EFFECTS[key]) for key in known if before[key] != now[key]]
+    found = []
+    for key in now:
+        if key.split(".")[0] in saved and before[key] != now[key]:
+            effect, reason = EFFECTS[key], ""
+            if key == "data.skip":
+                reason = _skipped_before(before[key], now[key], position)
+                effect = "incompatible" if reason else "safe"
+            elif effect == "incompatible":
+                what = "moments are of another kind" if key == "optim.name" else "weights are of another model"
+                reason = f"the saved {what}"
+            found.append(Change(key, before[key], now[key], effect, reason))
     if data_before != data_now:
-        found.append(Change("data set", data_before[:16], data_now[:16], "order"))
+        found.append(Change("content of data.path", data_before[:16], data_now[:16], "order"))
     return found
 
 
 def refusal(found: list[Change], allow_changed: bool) -> str:
     """Why a run cannot go on with these changes; empty: it can. `allow_changed`: data.allow_changed."""
-    if bad := [change for change in found if change.effect == "incompatible"]:
-        reason = "the saved moments are of another kind"
-        if bad[0].key != "optim.name":
-            reason = "the saved weights are of another model"
-        if bad[0].key == "model.n_positions":
-            reason += " (where it is not set, it is data.seq_len)"
-        return f"{_list(bad)}: {reason}; choose another name for a new run"
+    for change in found:
+        if change.effect == "incompatible":
+            note = " (unset: data.seq_len)" if change.key == "model.n_positions" else ""
+            return f"{change}{note}: {change.reason}; choose another name for a new run"
     order = [change for change in found if change.effect == "order"]
     if order and not allow_changed:
-        return (
-            f"{_list(order)}: steps would train on other samples; to go on all the same: --set data.allow_changed=true"
-        )
+        what = ", ".join(map(str, order))
+        return f"{what}: steps would train on other samples; to go on all the same: --set data.allow_changed=true"
     return ""
 
 
@@ -144,8 +155,14 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _list(found: list[Change]) -> str:
-    return ", ".join(map(str, found))
+def _skipped_before(before: list[list[int]], now: list[list[int]], position: int) -> str:
+    """What is wrong with leaving out other samples than before; empty: all of them are still to come."""
+    old, new = ({(first, end) for first, end in ranges} for ranges in (before, now))
+    for first, _ in sorted(old ^ new):
+        if first < position + sum(end - first for first, end in old):
+            done = "trained on" if new - old else "left out"
+            return f"the samples from position {first} on were {done} already"
+    return ""
 
 
 def _text(value: Any) -> str:

@@ -22,17 +22,20 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
+from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, positions
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, is_local, location
-from gpt2dist.train import checkpoint, ledger, rundir
+from gpt2dist.train import checkpoint, divergence, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
+from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
 from gpt2dist.train.profile import Profile
+from gpt2dist.train.resume import changes, order_id
 from gpt2dist.train.saver import Outcome, Saver, Written
 from gpt2dist.train.savetimes import SaveTimes
 from gpt2dist.train.spent import by_attempt
@@ -45,8 +48,11 @@ REQUEST_POLL_S = 3.0
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
-End = Literal["finished", "stopped", "preempted", "resized"]
-"""Why a worker group ended on purpose; after the last two, another one goes on."""
+NAMED_DOCUMENTS = 1000
+"""Of a divergence, in events.jsonl."""
+
+End = Literal["finished", "stopped", "preempted", "resized", "rewound"]
+"""Why a worker group ended on purpose; after the last three, another one goes on."""
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -62,8 +68,8 @@ def _collect_by_hand() -> None:
     gc.disable()
 
 
-class NonFiniteGradients(Exception):
-    """`train.max_skipped` steps in a row had gradients that are not finite; the message names them."""
+class Diverged(Exception):
+    """`train.max_skipped` steps in a row had non-finite gradients, or no rewind helps; the message says which."""
 
 
 def _unflatten(values: list[float], like: list[list[float]]) -> Iterator[list[float]]:
@@ -100,6 +106,7 @@ class Trainer:
         self.run, self.engine, self.ask_notice = run, engine, notice
         self.rank, self.world_size = engine.rank, engine.world_size
         self.data = Mixture.open(run)
+        self.order = order_id(run.model_dump(mode="json"), self.data.fingerprint)
         self.metrics = rundir.metrics_log(run.run_dir)
         self.ledger = rundir.ledger_log(run.run_dir)
         self.events = rundir.events_log(run.run_dir)
@@ -114,6 +121,7 @@ class Trainer:
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
         self.saver: Saver
         self.times: SaveTimes
+        self.divergence: Divergence
         self.watchdog: Watchdog
         self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
@@ -132,7 +140,7 @@ class Trainer:
         """Train up to `stop_step`, evaluating and saving as the run file says; ends saved.
 
         Raises:
-            NonFiniteGradients: in too many steps in a row.
+            Diverged: non-finite gradients in too many steps in a row, or no rewind helps any more.
             NotSaved: the storage did not take the last state.
         """
         run, every = self.run, self.run.eval.every_steps
@@ -153,7 +161,8 @@ class Trainer:
                 metrics |= {"val_loss": self.evaluate(), "eval_s": time.perf_counter() - start}
             self._alive()
             self._log(metrics)
-            self._stop_if_not_finite()
+            if self._diverged(metrics):
+                return "rewound"
             self._save_in_background(wishes)
             if wishes.ask:
                 self._look_for_notice(metrics["step_s"])
@@ -228,7 +237,8 @@ class Trainer:
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
             torch.manual_seed(dropout_seed(self.run.seed, self.step, micro_batch))
-            loss = self.engine.forward_backward(tokens, padding=padding)
+            spoilt = self.step in self.run.train.nan_at
+            loss = self.engine.forward_backward(tokens, padding=padding, spoilt=spoilt)
             if not padding:
                 pending.append((micro_batch, loss))
         for micro_batch, loss in pending:  # read only now: a read waits for the device
@@ -252,6 +262,9 @@ class Trainer:
 
     def restore(self) -> None:
         """Load the newest checkpoint that is whole, and open a new attempt."""
+        if self.rank == 0:  # what was saved after a divergence had begun
+            for rewind in rundir.rewinds(self.events.read()):
+                checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
         for step in self._agree([c.index.step for c in self._committed()]):
             found = checkpoint.step_directory(self.run.run_dir, step)
             try:
@@ -268,9 +281,7 @@ class Trainer:
             self.engine.state_changed()
             self.engine.load_scalars(candidate.index.scalars)
             self.step = self.saved_step = self.ledger_end = step
-            before, now = candidate.index.data_fingerprint, self.data.fingerprint
-            if before != now:
-                self._event("data_changed", step=step, before=before, now=now)
+            self._log_change(candidate.index)
             break
         else:
             if self.run.model.init_from:
@@ -354,11 +365,10 @@ class Trainer:
         starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
-        data = index.data_fingerprint
         first = index.step - ids.shape[1]
         self.ledger.append(
             *(
-                ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, data)
+                ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, self.order)
                 for step in range(max(first, self.ledger_end), index.step)
             )
         )
@@ -390,8 +400,20 @@ class Trainer:
         self.attempt = self._agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
+        before = [row["loss"] for row in self.metrics.tail()][-divergence.WINDOW :] if self.rank == 0 else []
+        train = self.run.train
+        self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
+
+    def _log_change(self, index: checkpoint.Index) -> None:
+        """An event where steps train on other samples than the checkpoint's run would have."""
+        before, now = index.data_fingerprint, self.data.fingerprint
+        if order_id(index.config, before) == self.order:
+            return
+        found = changes(index.config, self.run, index.position, before, now)
+        order = [change.to_json() for change in found if change.effect == "order"]
+        self._event("data_changed", step=index.step, before=before, now=now, changes=order)
 
     # ------------------------------------------------------------------ small things
 
@@ -400,9 +422,42 @@ class Trainer:
         epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
-    def _stop_if_not_finite(self) -> None:
-        if len(self.skipped) < self.run.train.max_skipped:
-            return
+    def _diverged(self, metrics: dict[str, Any]) -> bool:
+        """Look at a step's loss and gradients; True: the group has to go back to an earlier checkpoint."""
+        train = self.run.train
+        if not train.rewind:
+            if len(self.skipped) >= train.max_skipped:
+                self._give_up()
+            return False
+        if not self.divergence.add(metrics["loss"], "skipped" not in metrics):
+            return False
+        self.saver.finish(self._alive)
+        first = self.step - train.rewind_after
+        size = self.run.global_batch
+        ranges = list(positions(first * size, self.step * size, self.run.data.skip))
+        if self._agree(len(rundir.rewinds(self.events.read())) if self.rank == 0 else 0) >= train.max_rewinds:
+            raise Diverged(
+                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
+                "(their samples are in events.jsonl)"
+            )
+        if self.rank == 0:
+            ids = SampleOrder(self.run, self.data).samples(first * size, self.step * size)
+            split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
+            self._event(
+                "rewind",
+                attempt=self.attempt,
+                steps=[first, self.step],
+                losses=[row["loss"] for row in self.metrics.tail()[-train.rewind_after :]],
+                positions=ranges,
+                samples=ids.tolist(),
+                documents=documents_of(split, ids, NAMED_DOCUMENTS),
+            )
+            self.events.sync()
+        self.engine.barrier()
+        return True
+
+    def _give_up(self) -> None:
+        """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
         ids = self.engine.gather_rows(torch.from_numpy(np.stack(list(self.skipped.values())))).numpy()
         samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
         steps = list(self.skipped)
@@ -412,7 +467,7 @@ class Trainer:
             f"{first} (all of them are in events.jsonl)"
         )
         self._event("non_finite", steps=steps, samples=samples, cause=cause)
-        raise NonFiniteGradients(cause)
+        raise Diverged(cause)
 
     def _skipped(self) -> int:
         """Skipped steps of the whole run; rank 0 only."""

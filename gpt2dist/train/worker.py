@@ -57,7 +57,7 @@ def root_cause(error: BaseException) -> BaseException:
 def _train(run: RunConfig) -> str:
     # Here, because the driver imports this module too, and DeepSpeed looks for devices when it is imported.
     from gpt2dist.train.engine import Engine
-    from gpt2dist.train.trainer import NonFiniteGradients, NotSaved, Trainer
+    from gpt2dist.train.trainer import Diverged, NotSaved, Trainer
 
     engine = Engine(run, ray.train.torch.get_device())
     with contextlib.closing(engine):
@@ -68,7 +68,7 @@ def _train(run: RunConfig) -> str:
             batches = step_batches(shard, run, engine.rank, engine.world_size, trainer.step)
             try:
                 return trainer.train(batches)
-            except (NonFiniteGradients, NotSaved) as e:  # a restart would only come to the same point again
+            except (Diverged, NotSaved) as e:  # a restart would only come to the same point again
                 return f"{GIVEN_UP}{e}"
 
 

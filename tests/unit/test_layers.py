@@ -18,6 +18,7 @@ LAYERS = [
     ["gpt2dist.train.saver"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
     [
+        "gpt2dist.train.divergence",
         "gpt2dist.train.interval",
         "gpt2dist.train.notice",
         "gpt2dist.train.optim",
@@ -26,7 +27,9 @@ LAYERS = [
         "gpt2dist.train.fragment",
         "gpt2dist.train.fragment_file",
         "gpt2dist.train.interval",
+        "gpt2dist.train.resume",
         "gpt2dist.train.rundir",
+        "gpt2dist.train.spent",
     ],
     ["gpt2dist.model"],
     ["gpt2dist.data"],

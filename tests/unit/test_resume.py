@@ -12,7 +12,7 @@ from tests.conftest import tiny_run
 
 
 def diff(before: RunConfig, after: RunConfig) -> list[Change]:
-    return changes(before.model_dump(mode="json"), after, "a" * 64, "a" * 64)
+    return changes(before.model_dump(mode="json"), after, 0, "a" * 64, "a" * 64)
 
 
 def test_every_key_has_one_class() -> None:
@@ -57,8 +57,10 @@ def test_another_order_needs_the_flag(changed: dict[str, Any]) -> None:
 def test_another_data_set_counts_wherever_it_lies() -> None:
     before, after = tiny_run(data__path="/a"), tiny_run(data__path="/b")
     assert [c.effect for c in diff(before, after)] == ["safe"]
-    found = changes(before.model_dump(mode="json"), after, "a" * 64, "b" * 64)
-    assert [str(c) for c in found if c.effect == "order"] == ['data set: "aaaaaaaaaaaaaaaa" → "bbbbbbbbbbbbbbbb"']
+    found = changes(before.model_dump(mode="json"), after, 0, "a" * 64, "b" * 64)
+    assert [str(c) for c in found if c.effect == "order"] == [
+        'content of data.path: "aaaaaaaaaaaaaaaa" → "bbbbbbbbbbbbbbbb"'
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_another_data_set_counts_wherever_it_lies() -> None:
         ({"model__n_embd": 64}, "model.n_embd: 32 → 64: the saved weights"),
         (
             {"data__seq_len": 8},
-            "model.n_positions: 16 → 8: the saved weights are of another model (where it is not set",
+            "model.n_positions: 16 → 8 (unset: data.seq_len): the saved weights are of another model",
         ),
         (
             {"optim__name": "muon", "train__zero_stage": 0},
@@ -95,8 +97,8 @@ def test_keys_that_the_checkpoint_does_not_know() -> None:
     """An older version saved: what it lacked had its default."""
     saved = tiny_run().model_dump(mode="json")
     del saved["checkpoint"]["retry_minutes"]
-    assert changes(saved, tiny_run(), "a", "a") == []
-    (change,) = changes(saved, tiny_run(checkpoint__retry_minutes=1.0), "a", "a")
+    assert changes(saved, tiny_run(), 0, "a", "a") == []
+    (change,) = changes(saved, tiny_run(checkpoint__retry_minutes=1.0), 0, "a", "a")
     assert str(change) == "checkpoint.retry_minutes: 10.0 → 1.0"
 
 
@@ -111,3 +113,20 @@ def test_order_ids() -> None:
     assert order_id(saved, "f") != order_id(saved, "g")
     del saved["data"]["shuffle_window"]  # a key that this version did not have
     assert order_id(saved, "f") == of()
+
+
+def test_samples_may_be_left_out_that_are_still_to_come() -> None:
+    """The checkpoint is at position 40, and 8 samples had been left out before: what follows begins at 48."""
+    saved = tiny_run(data__skip=[[8, 16]]).model_dump(mode="json")
+
+    def of(skip: list[list[int]]) -> Change:
+        (change,) = changes(saved, tiny_run(data__skip=skip), 40, "a", "a")
+        return change
+
+    assert of([[8, 16], [48, 56]]).effect == "safe"
+    trained, left_out = of([[8, 16], [40, 56]]), of([])
+    assert refusal([trained], allow_changed=True).startswith(
+        "data.skip: [[8, 16]] → [[8, 16], [40, 56]]: the samples from "
+    )
+    assert trained.reason == "the samples from position 40 on were trained on already"
+    assert left_out.reason == "the samples from position 8 on were left out already"
