@@ -29,7 +29,7 @@ from gpt2dist.commands.common import (
 )
 from gpt2dist.commands.jobs import jobs, submit
 from gpt2dist.commands.plan import plan
-from gpt2dist.commands.report import goodput
+from gpt2dist.commands.report import goodput, report
 from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
 
@@ -59,6 +59,7 @@ main.add_command(plan)
 main.add_command(submit)
 main.add_command(jobs)
 main.add_command(goodput)
+main.add_command(report)
 
 
 @main.command()

@@ -39,3 +39,23 @@ def goodput(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(result.to_json(price)))
     else:
         tables.time_spent(make_console(), run_dir, result, price)
+
+
+@click.command()
+@run_dir_argument
+@set_option
+@json_option
+@command
+def report(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Write RUN_DIR's report.html: loss curve, throughput, where the time went, events, checkpoints, audit.
+
+    One page that needs no network. Also while the run goes on.
+
+    \b
+    Example:
+      gpt2dist report runs/smoke
+    """
+    from gpt2dist.report import page
+
+    written = page.write(run_dir, read_config(run_dir, overrides))
+    click.echo(json.dumps({"report": written}) if as_json else written)

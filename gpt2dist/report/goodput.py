@@ -29,6 +29,11 @@ MEANING: dict[Category, str] = {
 }
 
 
+def title(category: Category) -> str:
+    """A category in words."""
+    return "start-up" if category == "start_up" else category.replace("_", " ")
+
+
 @dataclass(frozen=True)
 class Allowed:
     """What failures and saves as they were would leave of the time with the best interval between saves."""

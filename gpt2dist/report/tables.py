@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
-from gpt2dist.report.goodput import MEANING, Goodput, goodput
+from gpt2dist.report.goodput import MEANING, Goodput, goodput, title
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.resume import WORDS, Change
 
@@ -31,6 +31,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(noun: str, number: int) -> str:
+    """1 worker, 2 workers."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
@@ -170,7 +175,7 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
 
 def time_spent(console: Console, run_dir: str, g: Goodput, price_per_hour: float | None) -> None:
     """Where the time of a run went, and what it has cost."""
-    counts = ", ".join(map(_count, ("command", "attempt", "failure"), (g.commands, g.attempts, g.failures)))
+    counts = ", ".join(map(count, ("command", "attempt", "failure"), (g.commands, g.attempts, g.failures)))
     console.print(f"{run_dir}: {duration(g.wall_s)} of wall clock, {counts}", style="bold")
     cost = g.cost(price_per_hour) if price_per_hour is not None else None
     table = Table(box=None, pad_edge=False)
@@ -181,7 +186,7 @@ def time_spent(console: Console, run_dir: str, g: Goodput, price_per_hour: float
         seconds = g.seconds[category]
         share = f"{seconds / g.wall_s:.1%}" if g.wall_s else ""
         dollars = [f"{cost[category]:,.2f}"] if cost else []
-        table.add_row(category.replace("_", " "), duration(seconds), share, *dollars, meaning)
+        table.add_row(title(category), duration(seconds), share, *dollars, meaning)
     if cost:
         total = f"{sum(cost.values()):,.2f}"
         table.add_row("total", duration(g.wall_s), "", total, f"at {price_per_hour:g} an hour of a worker")
@@ -189,13 +194,9 @@ def time_spent(console: Console, run_dir: str, g: Goodput, price_per_hour: float
     console.print(goodput_line(g))
 
 
-def _count(noun: str, number: int) -> str:
-    return f"{number} {noun}" + ("s" if number != 1 else "")
-
-
 def goodput_line(g: Goodput) -> str:
     """Goodput beside what the formula allows."""
-    line = f"goodput {g.share:.1%}"
+    line = f"Goodput {g.share:.1%}"
     if g.paused_s:
         line += f" of the time without {duration(g.paused_s)} of pauses"
     if g.allowed:

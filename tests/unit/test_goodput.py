@@ -395,6 +395,6 @@ def test_command(tmp_path: Path) -> None:
     priced = json.loads(cli("--json", "--set", "cluster.price_per_hour=3").stdout)
     assert priced["cost"]["total"] == pytest.approx(2 * 3 * 120 / 3600)
     text = cli("--set", "cluster.price_per_hour=3").stdout
-    for part in ("2:00 of wall clock, 1 command, 2 attempts, 1 failure", "75.0%", "0.20", "goodput 75.0%"):
+    for part in ("2:00 of wall clock, 1 command, 2 attempts, 1 failure", "75.0%", "0.20", "Goodput 75.0%"):
         assert part in text
     assert "Young/Daly allow" in text
