@@ -345,6 +345,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     from gpt2dist.cluster import chaos as arena
     from gpt2dist.cluster.local import NodeFailed
     from gpt2dist.report import curves, tables
+    from gpt2dist.report.goodput import of_run as goodput_of
     from gpt2dist.train import launch
 
     launch.preflight(run, run_file)
@@ -355,10 +356,12 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
         fail(str(e), 1)
     picture = Path(f"{verdict.run_dir}.png")
     curves.draw(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
+    spent = goodput_of(verdict.run_dir)
     if as_json:
-        click.echo(json.dumps(verdict.to_json() | {"picture": str(picture)}))
+        click.echo(json.dumps(verdict.to_json() | {"picture": str(picture), "goodput": spent.to_json(None)}))
     else:
         tables.verdict(console, verdict.to_json())
+        console.print(tables.goodput_line(spent))
         console.print(f"the two curves: {picture}")
     if not verdict.passed:
         sys.exit(1)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from gpt2dist.train import rundir
 from gpt2dist.train.interval import WRITES_APART, expected_goodput, young_daly
 from gpt2dist.train.spent import Spent, by_attempt
 
@@ -93,6 +94,11 @@ def goodput(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]])
     """Account for the whole time of a run; events and metrics: the lines of events.jsonl and metrics.jsonl."""
     # On an object store each writer's events stand together.
     return _Account(sorted(events, key=lambda e: float(e["time"])), list(metrics)).result()
+
+
+def of_run(run_dir: str) -> Goodput:
+    """Account for a run directory, as far as it is written."""
+    return goodput(rundir.events_log(run_dir).read(), rundir.metrics_log(run_dir).read())
 
 
 @dataclass
