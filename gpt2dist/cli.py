@@ -16,16 +16,24 @@ from typing import Any
 import click
 from rich.console import Console
 
-from gpt2dist import __version__
+from gpt2dist import STARTED, __version__
 from gpt2dist.commands.cluster import cluster
-from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.common import (
+    command,
+    existing,
+    fail,
+    json_option,
+    read_config,
+    run_dir_argument,
+    set_option,
+)
 from gpt2dist.commands.jobs import jobs, submit
 from gpt2dist.commands.plan import plan
-from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
+from gpt2dist.commands.report import goodput, report
+from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
 
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
-run_dir_argument = click.argument("run_dir", type=click.Path())
 precision_option = click.option(
     "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic."
 )
@@ -50,6 +58,8 @@ main.add_command(cluster)
 main.add_command(plan)
 main.add_command(submit)
 main.add_command(jobs)
+main.add_command(goodput)
+main.add_command(report)
 
 
 @main.command()
@@ -184,7 +194,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     """
     run = load_run(run_file, overrides)
     if dry_run:
-        _dry_run(run, as_json)
+        _dry_run(run, run_file, as_json)
         return
     _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
@@ -212,14 +222,16 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
+            tables.changed(console, ready.resume_step, ready.changes)
             with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
-                job = launch.TrainJob(run)
+                job = launch.TrainJob(run, STARTED, ready.changes)
                 on_stop(job.request_stop)
                 live.follow(run, console, job.done, started)
                 try:
                     job.check()
                 except launch.TrainingFailed as e:
                     failure = e
+        job.left()
         if failure:
             fail(f"training failed: {failure}; log: {log}", 1)
     if lock:
@@ -237,15 +249,41 @@ def _check_in_a_job(run: RunConfig, run_file: str) -> None:
         check_places(run, run_file)
 
 
-def _dry_run(run: RunConfig, as_json: bool) -> None:
+def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
     from gpt2dist.cluster.plan import arithmetic, memory
     from gpt2dist.report import tables
+    from gpt2dist.storage import StorageError
+    from gpt2dist.train import checkpoint
 
     numbers, parts = arithmetic(run), memory(run)
+    newest, away = None, ""
+    try:
+        newest = checkpoint.newest(run.run_dir)
+    except StorageError as e:  # the arithmetic needs no storage
+        away = str(e)
+    changed, reason = _changes(run, newest) if newest else ([], "")
     if as_json:
-        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": parts}))
+        resume = newest and {"step": newest.index.step, "changes": [change.to_json() for change in changed]}
+        config = {"config": run.model_dump(mode="json")}
+        click.echo(json.dumps({**config, **numbers, "memory_bytes": parts, "resume": resume}))
     else:
-        tables.dry_run(make_console(), run, numbers, parts)
+        console = make_console()
+        tables.dry_run(console, run, numbers, parts)
+        if newest:
+            tables.changed(console, newest.index.step, changed)
+        if away:
+            console.print(f"whether there is a run to go on with is not known: {away}")
+    if reason:
+        raise UserError(f"{run_file}: {reason}")
+
+
+def _changes(run: RunConfig, newest: Any) -> tuple[list[Any], str]:
+    """What the run file changes, and why it cannot go on with that."""
+    from gpt2dist.data.mixture import Mixture
+    from gpt2dist.train import launch, resume
+
+    changed = launch.compare(run, newest, Mixture.open(run))
+    return changed, resume.refusal(changed, run.data.allow_changed)
 
 
 def _outcome(run: RunConfig) -> dict[str, Any]:
@@ -314,6 +352,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     from gpt2dist.cluster import chaos as arena
     from gpt2dist.cluster.local import NodeFailed
     from gpt2dist.report import curves, tables
+    from gpt2dist.report.goodput import of_run as goodput_of
     from gpt2dist.train import launch
 
     launch.preflight(run, run_file)
@@ -324,10 +363,12 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
         fail(str(e), 1)
     picture = Path(f"{verdict.run_dir}.png")
     curves.draw(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
+    spent = goodput_of(verdict.run_dir)
     if as_json:
-        click.echo(json.dumps(verdict.to_json() | {"picture": str(picture)}))
+        click.echo(json.dumps(verdict.to_json() | {"picture": str(picture), "goodput": spent.to_json(None)}))
     else:
         tables.verdict(console, verdict.to_json())
+        console.print(tables.goodput_line(spent))
         console.print(f"the two curves: {picture}")
     if not verdict.passed:
         sys.exit(1)
@@ -531,30 +572,11 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:
       gpt2dist audit runs/smoke
     """
-    from gpt2dist.data.mixture import Mixture
-    from gpt2dist.train import ledger, rundir
+    from gpt2dist.train import ledger
 
     run, newest = _open_run(run_dir, overrides)
-    data = Mixture.open(run)
-    lines = rundir.ledger_log(run_dir).read()
-    if data.fingerprint not in {newest.index.data_fingerprint, *(line.get("data") for line in lines)}:
-        raise UserError(
-            f"{run_dir}: trained on data set {newest.index.data_fingerprint[:16]}, but {data} is "
-            f"{data.fingerprint[:16]}"
-        )
-    result = ledger.audit(run, data, lines, newest.index.step)
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-    else:
-        verdict = "every sample exactly once"
-        if result.duplicates or result.gaps:
-            verdict = f"NOT {verdict}"
-        elif result.unverifiable:
-            verdict = f"NOT proven: {result.unverifiable:,} other samples were of another data set"
-        click.echo(
-            f"{result.samples:,} samples in {result.steps:,} steps and {result.attempts} attempts: "
-            f"{result.duplicates} duplicates, {result.gaps} gaps: {verdict}"
-        )
+    result = ledger.audit_run(run_dir, run, newest.index)
+    click.echo(json.dumps(result.to_json()) if as_json else str(result))
     if not result.clean:
         sys.exit(1)
 
@@ -578,7 +600,7 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
     from gpt2dist.report.tables import size
     from gpt2dist.train import checkpoint as store
 
-    rows = [store.describe(c, run_dir) for c in store.committed(_existing(run_dir))]
+    rows = [store.describe(c, run_dir) for c in store.committed(existing(run_dir))]
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -609,7 +631,7 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
     from gpt2dist.train import checkpoint as store
 
     rows = []
-    found = list(store.committed(_existing(run_dir)))
+    found = list(store.committed(existing(run_dir)))
     for c in track(found, "hashing", console=make_console(stderr=True), transient=True):
         row = store.describe(c, run_dir)
         if isinstance(c, store.Checkpoint) and row["valid"]:
@@ -629,23 +651,8 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _existing(run_dir: str) -> str:
-    from gpt2dist import storage
-
-    path = storage.location(run_dir)
-    if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
-        raise UserError(f"{run_dir}: no such run directory")
-    return run_dir
-
-
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
     """The configuration of a run directory and its newest checkpoint."""
-    from gpt2dist.train import rundir
     from gpt2dist.train.saved import find_checkpoint
 
-    config = f"{_existing(run_dir).rstrip('/')}/config.toml"
-    try:
-        run = parse_toml(rundir.config_text(run_dir), config, overrides)
-    except FileNotFoundError:
-        raise UserError(f"{config}: no such file") from None
-    return run, find_checkpoint(run_dir)
+    return read_config(run_dir, overrides), find_checkpoint(run_dir)

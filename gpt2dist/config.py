@@ -109,8 +109,9 @@ class DataSection(Section):
     """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
     copied from an object store."""
     allow_changed: bool = False
-    """Go on with a run although the data set is another one than it was trained on so far: which samples of this one it
-    has seen is then not known, and `audit` cannot prove the steps before."""
+    """Go on with a run although steps will train on other samples than so far: another data set, or a changed key
+    that decides the order (docs/checkpoints.md). Which samples it has seen is then not known, and `audit` cannot prove
+    the steps before."""
     skip: list[Annotated[tuple[int, int], Field(strict=False)]] = []
     """Positions [first, end) of the sample order that are left out; a rewind (train.rewind) adds to them by itself."""
     shuffle_window: int = Field(default=8, ge=1)
@@ -315,6 +316,8 @@ class ClusterSection(Section):
     Machines that are taken away with notice do not count."""
     resize_interval_s: float = Field(default=60.0, gt=0)
     """With [min, max]: how often to look whether there are machines for more workers, or for fewer."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Dollars that a worker costs in an hour; with it `goodput` tells what the run has cost."""
     hang_timeout_s: float = Field(default=600.0, ge=0)
     """A worker that finishes no step for so long is taken for hung: the stacks of all are written to the run's
     directory, and the group starts again. Raise it where a step or an evaluation takes longer; 0: off."""

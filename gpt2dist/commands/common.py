@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 import click
 
-from gpt2dist.config import UserError
+from gpt2dist import storage
+from gpt2dist.config import RunConfig, UserError, parse_toml
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -33,3 +34,23 @@ def fail(message: str, code: int) -> NoReturn:
 
 set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+run_dir_argument = click.argument("run_dir", type=click.Path())
+
+
+def existing(run_dir: str) -> str:
+    """The same. Raises `UserError` if there is no such directory."""
+    path = storage.location(run_dir)
+    if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
+        raise UserError(f"{run_dir}: no such run directory")
+    return run_dir
+
+
+def read_config(run_dir: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The configuration of a run directory: that of the last command. Raises `UserError`."""
+    from gpt2dist.train import rundir
+
+    config = f"{existing(run_dir).rstrip('/')}/config.toml"
+    try:
+        return parse_toml(rundir.config_text(run_dir), config, overrides)
+    except FileNotFoundError:
+        raise UserError(f"{config}: no such file") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +10,9 @@ from rich.table import Table
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
+from gpt2dist.report.goodput import MEANING, Goodput, goodput, title
 from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train.resume import WORDS, Change
 
 
 def size(number: float) -> str:
@@ -20,6 +22,20 @@ def size(number: float) -> str:
             return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4:05, 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(noun: str, number: int) -> str:
+    """1 worker, 2 workers."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
@@ -99,6 +115,14 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
     )
 
 
+def changed(console: Console, step: int, changes: Sequence[Change]) -> None:
+    """What a run file changes in a run that goes on."""
+    if changes:
+        console.print(f"going on from step {step:,} with changes:")
+    for change in changes:
+        console.print(f"  {change} ({WORDS[change.effect]})")
+
+
 def verdict(console: Console, v: Mapping[str, Any]) -> None:
     """What `chaos` found."""
     table = Table(box=None, pad_edge=False)
@@ -136,6 +160,9 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
         rows["epochs"] = ", ".join(f"{n:.2f} of {path}" for path, n in epochs.items())
     if skipped := sum("skipped" in m for m in metrics):
         rows["skipped steps"] = f"{skipped:,} (gradients not finite)"
+    if sum(e["event"] == "start" for e in events) > 1:
+        spent = goodput(events, metrics)
+        rows["goodput"] = f"{spent.share:.1%} of {duration(spent.wall_s - spent.paused_s)} in {spent.attempts} attempts"
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:
@@ -144,3 +171,36 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
     else:
         rows["to go on"] = f'gpt2dist generate {run.run_dir} --prompt "import "'
     pairs(console, "", rows)
+
+
+def time_spent(console: Console, run_dir: str, g: Goodput, price_per_hour: float | None) -> None:
+    """Where the time of a run went, and what it has cost."""
+    counts = ", ".join(map(count, ("command", "attempt", "failure"), (g.commands, g.attempts, g.failures)))
+    console.print(f"{run_dir}: {duration(g.wall_s)} of wall clock, {counts}", style="bold")
+    cost = g.cost(price_per_hour) if price_per_hour is not None else None
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "time", "share", *(["dollars"] if cost else [])):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_column("")
+    for category, meaning in MEANING.items():
+        seconds = g.seconds[category]
+        share = f"{seconds / g.wall_s:.1%}" if g.wall_s else ""
+        dollars = [f"{cost[category]:,.2f}"] if cost else []
+        table.add_row(title(category), duration(seconds), share, *dollars, meaning)
+    if cost:
+        total = f"{sum(cost.values()):,.2f}"
+        table.add_row("total", duration(g.wall_s), "", total, f"at {price_per_hour:g} an hour of a worker")
+    console.print(table)
+    console.print(goodput_line(g))
+
+
+def goodput_line(g: Goodput) -> str:
+    """Goodput beside what the formula allows."""
+    line = f"Goodput {g.share:.1%}"
+    if g.paused_s:
+        line += f" of the time without {duration(g.paused_s)} of pauses"
+    if g.allowed:
+        a = g.allowed
+        line += f"; Young/Daly allow {a.share:.1%} with a failure every {duration(a.mtbf_s)}, "
+        line += f"{duration(a.restart_s)} to restart and a save every {duration(a.interval_s)}"
+    return line

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
-from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train import checkpoint, resume, rundir
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
@@ -46,6 +47,8 @@ class Preflight:
     """Step at which training goes on; 0 for a new run."""
     finished: bool
     """Nothing is left to do."""
+    changes: list[resume.Change]
+    """What the run file has changed since the newest checkpoint."""
 
 
 def preflight(run: RunConfig, source: str) -> Preflight:
@@ -85,45 +88,19 @@ def preflight(run: RunConfig, source: str) -> Preflight:
         raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
     if found is None:
         hf.check_init(run, source)
-        return Preflight(0, finished=False)
+        return Preflight(0, finished=False, changes=[])
+    changed = compare(run, found, data)
+    if reason := resume.refusal(changed, run.data.allow_changed):
+        raise UserError(f"{source}: {reason}")
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    if found.index.data_fingerprint != data.fingerprint and not run.data.allow_changed:
-        raise UserError(
-            f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
-            f"{data} is {data.fingerprint[:16]}; to go on all the same: --set data.allow_changed=true"
-        )
-    optimizer = found.index.config["optim"].get("name", "adamw")
-    if optimizer != run.optim.name:
-        raise UserError(
-            f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
-            "of another kind; choose another name for a new run"
-        )
-    _check_same_order(rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()), found.index, source)
-    return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
+    return Preflight(found.index.step, found.index.step >= run.stop_step, changed)
 
 
-def _check_same_order(run: RunConfig, index: checkpoint.Index, source: str) -> None:
-    """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
-    now, saved = run.model_dump(mode="json"), index.config
-    before, after = ({(a, b) for a, b in table["data"].get("skip", [])} for table in (saved, now))
-    for first, _ in before ^ after:
-        if first < index.position + sum(b - a for a, b in before):
-            trained = "trained on" if after - before else "left out"
-            raise UserError(f"{source}: data.skip: the samples from position {first} on were {trained} already")
-    for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
-        before, after = (_get(table, key) for table in (saved, now))
-        if before != after:
-            raise UserError(
-                f"{source}: {key} = {after}, but the run was started with {before}: other samples would follow; "
-                "choose another name for a new run"
-            )
-
-
-def _get(table: dict[str, Any], key: str) -> Any:
-    value: Any = table
-    for part in key.split("."):
-        value = value[part]
-    return value
+def compare(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
+    """How the run differs from the one that saved the checkpoint."""
+    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute()
+    index = found.index
+    return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)
 
 
 class TrainJob:
@@ -133,12 +110,14 @@ class TrainJob:
     one goes on.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, began: float, changes: Sequence[resume.Change] = ()) -> None:
+        """began: Unix time at which the command began, from which start-up counts; changes: see `Preflight`."""
         self.run = run.absolute()
         self._events = rundir.events_log(self.run.run_dir)
         rundir.withdraw(self.run.run_dir)
         self._resolve()
-        self._events.append({"time": time.time(), "event": "launch"})
+        changed = [change.to_json() for change in changes]
+        self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -150,6 +129,10 @@ class TrainJob:
     def request_stop(self) -> None:
         """Save after the current step, and end."""
         rundir.request(self.run.run_dir, rundir.STOP)
+
+    def left(self) -> None:
+        """Log that the command has ended; at its very end, so that it is known until when it took time."""
+        self._events.try_append({"time": time.time(), "event": "exit"})
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
@@ -175,15 +158,14 @@ class TrainJob:
             try:
                 end = str(self._worker_group(scratch).fit().return_value)
             except ray.train.TrainingFailedError as error:
-                if _is_preemption(error):
-                    continue
-                before, saved = saved, self._saved_step()
-                failures = 1 if saved > before else failures + 1
-                if 0 <= limit < failures:
-                    raise
-                pause = BACK_OFF_S * (2 ** (failures - 1) - 1)
-                if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
-                    return
+                if not _is_preemption(error):
+                    before, saved = saved, self._saved_step()
+                    failures = 1 if saved > before else failures + 1
+                    if 0 <= limit < failures:
+                        raise
+                    pause = BACK_OFF_S * (2 ** (failures - 1) - 1)
+                    if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
+                        return
             else:
                 if end.startswith(GIVEN_UP):
                     raise TrainingFailed(end.removeprefix(GIVEN_UP))
@@ -194,6 +176,7 @@ class TrainJob:
                     self._resolve()
             if rundir.requested(self.run.run_dir) == rundir.RESIZE:
                 rundir.withdraw(self.run.run_dir)
+            self._events.try_append({"time": time.time(), "event": "restart"})
 
     def _resolve(self) -> None:
         """Leave out what rewinds have left out, and write the resolved configuration."""

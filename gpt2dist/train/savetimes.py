@@ -107,7 +107,7 @@ class SaveTimes:
 def running_seconds(events: list[dict[str, Any]]) -> float:
     """Seconds in which some attempt was under way, to the precision of the events' times."""
     total, last = 0.0, None
-    for event in events:
+    for event in sorted(events, key=lambda e: float(e["time"])):  # on an object store each writer has its own
         if last is not None and event["event"] != "launch":
             total += max(0.0, event["time"] - last)
         last = None if event["event"] in ("launch", "end", "failure") else event["time"]

@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -35,8 +35,10 @@ from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
 from gpt2dist.train.profile import Profile
+from gpt2dist.train.resume import changes, order_id
 from gpt2dist.train.saver import Outcome, Saver, Written
 from gpt2dist.train.savetimes import SaveTimes
+from gpt2dist.train.spent import by_attempt
 from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
@@ -102,6 +104,7 @@ class Trainer:
         self.run, self.engine, self.ask_notice = run, engine, notice
         self.rank, self.world_size = engine.rank, engine.world_size
         self.data = Mixture.open(run)
+        self.order = order_id(run.model_dump(mode="json"), self.data.fingerprint)
         self.metrics = rundir.metrics_log(run.run_dir)
         self.ledger = rundir.ledger_log(run.run_dir)
         self.events = rundir.events_log(run.run_dir)
@@ -142,7 +145,9 @@ class Trainer:
         with ThreadPoolExecutor(1) as reader:  # the stream starts up while the validation loss is computed
             first = reader.submit(lambda: list(itertools.islice(batches, 1)))
             if self.step == 0 and every:
-                self._event("eval", step=0, val_loss=self.evaluate())
+                start = time.perf_counter()
+                loss = self.evaluate()
+                self._event("eval", step=0, val_loss=loss, seconds=time.perf_counter() - start)
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
         end: End = "finished"
@@ -295,9 +300,7 @@ class Trainer:
         self.engine.state_changed()
         self.engine.load_scalars(found.index.scalars)
         self.step = self.saved_step = self.ledger_end = step
-        before, now = found.index.data_fingerprint, self.data.fingerprint
-        if before != now:
-            self._event("data_changed", step=step, before=before, now=now)
+        self._log_change(found.index)
         return ""
 
     def save(self) -> None:
@@ -380,11 +383,10 @@ class Trainer:
         starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
-        data = index.data_fingerprint
         first = index.step - ids.shape[1]
         self.ledger.append(
             *(
-                ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, data)
+                ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, self.order)
                 for step in range(max(first, self.ledger_end), index.step)
             )
         )
@@ -412,6 +414,7 @@ class Trainer:
                 "zero_stage": self.run.train.zero_stage,
                 "redone_steps": len(redone),
                 "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
+                "redone": [asdict(spent) for spent in by_attempt(redone)],
             }
             self.events.append(start)  # without it the stream would not know where to begin
         self.attempt = self._agree(self.attempt)
@@ -424,6 +427,15 @@ class Trainer:
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
         if self.run.checkpoint.every_minutes == "auto":
             self._event("save_interval", **self.times.reasoning)
+
+    def _log_change(self, index: checkpoint.Index) -> None:
+        """An event where steps train on other samples than the checkpoint's run would have."""
+        before, now = index.data_fingerprint, self.data.fingerprint
+        if order_id(index.config, before) == self.order:
+            return
+        found = changes(index.config, self.run, index.position, before, now)
+        order = [change.to_json() for change in found if change.effect == "order"]
+        self._event("data_changed", step=index.step, before=before, now=now, changes=order)
 
     # ------------------------------------------------------------------ small things
 
