@@ -219,6 +219,9 @@ class OptimSection(Section):
     """Decoupled decay of matrices and embeddings; never of biases and LayerNorm."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Keep a moving average of the weights, for `--ema` of `generate`, `evaluate` and `export`: after step n it becomes
+    d·average + (1 − d)·weights with d = (1 + n)/(10 + n), but at most this; 0: none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> OptimSection:

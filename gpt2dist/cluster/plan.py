@@ -18,9 +18,10 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
     world, tokens = run.cluster.workers, run.global_batch * run.data.seq_len
     gas = accumulation_steps(run.batch.micro_batches, world)
     flops = gpt2.flops_per_token(config, run.data.seq_len)
+    n = gpt2.count_parameters(config, published=False)
     return {
         "parameters": gpt2.count_parameters(config),
-        "parameters_padded": gpt2.count_parameters(config, published=False),
+        "parameters_padded": n,
         "flops_per_token": flops,
         "workers": world,
         "micro_batches": run.batch.micro_batches,
@@ -30,7 +31,7 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "tokens": tokens * run.train.steps,
         "flops": flops * tokens * run.train.steps,
-        "checkpoint_bytes": 12 * gpt2.count_parameters(config, published=False),
+        "checkpoint_bytes": (16 if run.optim.ema_decay else 12) * n - 4 * _of_muon(run),
     }
 
 
@@ -57,11 +58,11 @@ def memory(run: RunConfig) -> dict[str, int]:
         # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
         parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
     parts["gradients"] = 4 * share[2]  # the sum over micro-batches, fp32
-    shapes = gpt2.parameter_shapes(config).items()
-    of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
-    parts["Adam moments"] = 8 * share[1] - 4 * of_muon  # Muon has one moment
+    parts["Adam moments"] = 8 * share[1] - 4 * _of_muon(run)  # Muon has one moment
+    if run.optim.ema_decay:
+        parts["averaged weights"] = 4 * share[1]
     if run.train.offload_optimizer and not on_cpu:
-        parts |= {"master weights": 0, "Adam moments": 0}
+        parts |= dict.fromkeys(parts.keys() & {"master weights", "Adam moments", "averaged weights"}, 0)
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
@@ -87,3 +88,9 @@ def memory(run: RunConfig) -> dict[str, int]:
         # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
         parts["collectives"] = world * 66 * 2**20
     return parts
+
+
+def _of_muon(run: RunConfig) -> int:
+    """Elements of the matrices that Muon has."""
+    shapes = gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)).items()
+    return sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))

@@ -66,6 +66,8 @@ def describe(event: dict[str, Any]) -> str | None:
         return f"failed: {event['cause']}"
     if kind == "bad_checkpoint":
         return f"checkpoint of step {event['step']} is damaged and left out: {event['reason']}"
+    if kind == "ema_started":
+        return f"averaged weights (optim.ema_decay) begin with the weights of step {event['step']}"
     if kind == "eval":
         return f"validation loss before training: {event['val_loss']:.4f}"
     return None

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors fragments, an index written last, no pickle.
 
     <run dir>/checkpoints/step-00000100/
-        rank-00000.safetensors …   1-D fp32 pieces that the rank owned: weight, exp_avg, exp_avg_sq
+        rank-00000.safetensors …   1-D fp32 pieces that the rank owned: weight, exp_avg, exp_avg_sq, ema
         index.json                 step, position, config, parameter table, fragments, hash of every file
 
 A directory without a valid index does not exist. Loading copies the overlap of saved and wanted fragments, so
@@ -31,7 +31,7 @@ from gpt2dist.train.fragment import Fragment, kinds
 from gpt2dist.train.fragment_file import BadFile, Slice, read_slices
 
 INDEX = "index.json"
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 
 
 class SavedFragment(Section):
@@ -78,6 +78,21 @@ class Index(Section):
     """Name → shape."""
     fragments: list[SavedFragment]
     files: list[SavedFile]
+
+    def kinds(self, parameter: str) -> tuple[str, ...]:
+        """What it holds of a parameter."""
+        name = self._optim.get("name", "adamw")
+        return kinds(name, self.has_ema, parameter, len(self.parameters[parameter]))
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether it holds the moving average of the weights."""
+        return bool(self._optim.get("ema_decay", 0))
+
+    @property
+    def _optim(self) -> dict[str, Any]:
+        optim = self.config.get("optim")
+        return optim if isinstance(optim, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -188,9 +203,11 @@ def check_coverage(index: Index) -> None:
             raise BadCheckpoint(f"step {index.step}: fragment of an unknown parameter {f.parameter}")
         if f.file not in files:
             raise BadCheckpoint(f"step {index.step}: fragment in an unlisted file {f.file}")
+        if f.kind not in index.kinds(f.parameter):
+            raise BadCheckpoint(f"step {index.step}: {f.parameter} has no {f.kind}")
         spans[f.parameter, f.kind].append(f)
     for name, shape in index.parameters.items():
-        for kind in kinds(index.config.get("optim", {}).get("name", "adamw"), name, len(shape)):
+        for kind in index.kinds(name):
             end = 0
             for f in sorted(spans[name, kind], key=lambda f: f.start):
                 if f.start != end:
@@ -257,10 +274,10 @@ def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
             raise BadCheckpoint(f"{checkpoint.path / name}: {e}") from None
 
 
-def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The whole fp32 weights, name → tensor, on the CPU."""
+def load_weights(checkpoint: Checkpoint, kind: Kind = "weight") -> dict[str, Tensor]:
+    """The whole fp32 weights, or their moving average, name → tensor, on the CPU."""
     weights = {name: torch.empty(math.prod(shape)) for name, shape in checkpoint.index.parameters.items()}
-    load(checkpoint, [Fragment(name, "weight", 0, tensor) for name, tensor in weights.items()])
+    load(checkpoint, [Fragment(name, kind, 0, tensor) for name, tensor in weights.items()])
     return {name: t.view(checkpoint.index.parameters[name]) for name, t in weights.items()}
 
 

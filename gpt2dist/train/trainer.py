@@ -213,6 +213,9 @@ class Trainer:
             self.engine.state_changed()
             self.engine.load_scalars(candidate.index.scalars)
             self.step = self.saved_step = step
+            if self.run.optim.ema_decay and not candidate.index.has_ema:
+                self.engine.start_ema()
+                self._event("ema_started", step=step)
             before, now = candidate.index.data_fingerprint, self.data.fingerprint
             if before != now:
                 self._event("data_changed", step=step, before=before, now=now)

@@ -133,6 +133,9 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Any], None], message:
         lambda i: i["fragments"].pop(),
         lambda i: i["fragments"].append(dict(i["fragments"][0])),
         lambda i: i["parameters"].update(c=[3]),
+        lambda i: i["config"].update(optim={"ema_decay": 0.9}),  # promises what is not there
+        lambda i: i["fragments"].append(dict(i["fragments"][0], kind="ema")),
+        lambda i: i["config"].update(optim=[]) or i["fragments"].pop(),
         lambda i: i["parameters"].update(a=[6, 6]),
         lambda i: i.update(version=2),
         lambda i: i.update(extra=1),
