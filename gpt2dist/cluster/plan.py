@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.order import accumulation_steps
+from gpt2dist.data.order import accumulation_steps, position
 from gpt2dist.model import gpt2
 from gpt2dist.model.loss import ROWS
 from gpt2dist.train.fragment import is_muon_matrix
 
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
-    """Counts of one run; sizes in tokens, sequences and FLOPs."""
+    """Counts of one run; sizes in tokens, sequences and FLOPs; those of a step hold after the warm-up of the batch."""
     config = gpt2.GPT2Config.from_run(run)
     world, tokens = run.cluster.workers, run.global_batch * run.data.seq_len
     gas = accumulation_steps(run.batch.micro_batches, world)
+    all_tokens = position(run.batch, run.train.steps) * run.data.seq_len
     flops = gpt2.flops_per_token(config, run.data.seq_len)
     n = gpt2.count_parameters(config, published=False)
     return {
@@ -29,8 +30,8 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
         "padding_micro_batches": gas * world - run.batch.micro_batches,
         "sequences_per_step": run.global_batch,
         "tokens_per_step": tokens,
-        "tokens": tokens * run.train.steps,
-        "flops": flops * tokens * run.train.steps,
+        "tokens": all_tokens,
+        "flops": flops * all_tokens,
         "checkpoint_bytes": (16 if run.optim.ema_decay else 12) * n - 4 * _of_muon(run),
     }
 

@@ -107,12 +107,13 @@ class Engine:
         shapes = gpt2.parameter_shapes(self.model_config)  # imports much of torch, which is not the engine's memory
         self.memory = MemoryPeak(device)
         self.control = dist.new_group(backend="gloo")  # small CPU collectives, whatever the backend is
-        self.gas = accumulation_steps(run.batch.micro_batches, self.world_size)
-        # Gradients are averaged over gas × world slots, of which M hold real micro-batches.
-        self._weight = self.gas * self.world_size / run.batch.micro_batches
+        self.begin_step(run.batch.micro_batches)
 
         if device.type == "cpu":
             _build_cpu_collectives()
+            if run.train.precision == "fp16":
+                # DeepSpeed asks oneDNN, which says no where a CPU has no instructions for it; torch computes it anyway.
+                get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_init_required=False)
         config = _deepspeed_config(run, self.world_size, self.gas)
         working = DTYPES[run.train.precision]
@@ -137,21 +138,30 @@ class Engine:
 
     # ------------------------------------------------------------------ training
 
+    def begin_step(self, micro_batches: int) -> None:
+        """From the next step on, a step is the mean over this many micro-batches; until then, over the run's M.
+
+        `gas` is then how many of them each rank runs, padding included.
+        """
+        self.gas = accumulation_steps(micro_batches, self.world_size)
+        self._weight = self.world_size / micro_batches  # micro-batches are summed, then averaged over the ranks
+        self._done = 0  # micro-batches of this step that this rank has run
+
     def forward_backward(self, tokens: Tensor, *, padding: bool) -> Tensor:
         """Mean loss of one micro-batch, its gradient accumulated.
 
         tokens: int64 [micro, T+1]; result: fp32 scalar, detached, without gradient scaling. A padding
         micro-batch weighs nothing: it keeps the ranks' collectives in step where M does not divide.
         """
+        self._done += 1
+        self.ds.set_gradient_accumulation_boundary(self._done == self.gas)
         loss: Tensor = self.ds(tokens)
-        self.ds.backward(loss * (0.0 if padding else self._weight))
-        at_boundary = self.ds.is_gradient_accumulation_boundary()
-        if not at_boundary:
-            self.ds.step()  # only counts the micro-batch
+        self.ds.backward(loss * (0.0 if padding else self._weight), scale_wrt_gas=False)
         return loss.detach().float()
 
     def step(self, lr: float) -> StepResult:
         """Clip, update the weights, clear the gradients. Call after the last micro-batch of a step."""
+        self._done = 0
         for group in self._zero.param_groups:
             group["lr"] = lr
         # At stage 0 DeepSpeed reports no norm, and would skip nothing.

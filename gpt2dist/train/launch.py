@@ -17,7 +17,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from upath import UPath
 
-from gpt2dist.config import RunConfig, UserError
+from gpt2dist.config import BatchSection, RunConfig, UserError
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
@@ -95,7 +95,9 @@ def preflight(run: RunConfig, source: str) -> Preflight:
 def _check_same_order(run: RunConfig, saved: dict[str, Any], source: str) -> None:
     """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
     now = run.model_dump(mode="json")
-    for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
+    saved = saved | {"batch": BatchSection().model_dump() | saved["batch"]}  # it had no warm-up once
+    batch = [f"batch.{key}" for key in BatchSection.model_fields]
+    for key in ("seed", "data.seq_len", "data.shuffle_window", *batch):
         before, after = (_get(table, key) for table in (saved, now))
         if before != after:
             raise UserError(

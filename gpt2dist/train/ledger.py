@@ -7,20 +7,20 @@ resume, lines of steps that were not committed are dropped, so every step stands
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
-from gpt2dist.data.order import Ids, SampleOrder, ids_digest
+from gpt2dist.data.order import Ids, SampleOrder, ids_digest, position
 
 
 def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int, data: str) -> dict[str, Any]:
     """The ledger's line for a step; ids: what all ranks received, any shape, padding included; data: fingerprint."""
-    size = run.global_batch
     return {
         "step": step,
-        "positions": [step * size, (step + 1) * size],
+        "positions": _positions(run, step),
         "samples_sha256": ids_digest(ids.reshape(-1)),
         "world_size": world_size,
         "attempt": attempt,
@@ -62,8 +62,11 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
 
     Of steps on another data set than `data` only the positions can be checked.
     """
+
+    def size(steps: Iterable[int]) -> int:
+        return sum(end - first for first, end in (_positions(run, step) for step in steps))
+
     order = SampleOrder(run, data)
-    size = run.global_batch
     lines = [line for line in lines if line["step"] < committed_step]
     fingerprint = data.fingerprint
     right: set[int] = set()
@@ -72,19 +75,24 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
     for line in lines:
         step = line["step"]
         if step in right or step in elsewhere:
-            duplicates += size
-        elif line["positions"] != [step * size, (step + 1) * size]:
+            duplicates += size([step])
+        elif line["positions"] != _positions(run, step):
             continue
         elif line.get("data", fingerprint) != fingerprint:
             elsewhere.add(step)
         elif line["samples_sha256"] == ids_digest(order.step(step).reshape(-1)):
             right.add(step)
     return Audit(
-        samples=len(right) * size,
+        samples=size(right),
         duplicates=duplicates,
-        gaps=(committed_step - len(right) - len(elsewhere)) * size,
+        gaps=position(run.batch, committed_step) - size(right) - size(elsewhere),
         skipped=0,
         steps=committed_step,
         attempts=len({line["attempt"] for line in lines}),
-        unverifiable=len(elsewhere) * size,
+        unverifiable=size(elsewhere),
     )
+
+
+def _positions(run: RunConfig, step: int) -> list[int]:
+    """[first, end) of a step."""
+    return [position(run.batch, step), position(run.batch, step + 1)]

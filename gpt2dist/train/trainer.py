@@ -21,7 +21,7 @@ from upath import UPath
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, micro_batches, position, stack_steps
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import exists, is_local, location, remove_tree
 from gpt2dist.train import checkpoint, ledger, rundir
@@ -75,12 +75,13 @@ class Trainer:
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
         self.profile = Profile(run, self.rank)
         self.peak = peak_flops(run, engine.device) * self.world_size
-        self.step_flops = gpt2.flops_per_token(engine.model_config, run.data.seq_len) * self.step_tokens
+        self.token_flops = gpt2.flops_per_token(engine.model_config, run.data.seq_len)
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that a step trains on, over all ranks."""
-        return self.run.global_batch * self.run.data.seq_len
+        """Tokens that the next step trains on, over all ranks."""
+        batch = self.run.batch
+        return micro_batches(batch, self.step) * batch.micro_sequences * self.run.data.seq_len
 
     # ------------------------------------------------------------------ the loop
 
@@ -146,7 +147,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": self.step_tokens / seconds,
-            "mfu": self.step_flops / seconds / self.peak,
+            "mfu": self.token_flops * self.step_tokens / seconds / self.peak,
             "data_wait_s": data_wait,
             "forward_backward_s": forward_backward,
             "optimizer_s": optimizer,
@@ -167,8 +168,9 @@ class Trainer:
 
     def forward_backward(self, batch: StepBatch) -> list[float]:
         """Accumulate this rank's gradients; returns the losses of the M micro-batches, 0 for other ranks' ones."""
-        losses = [0.0] * self.run.batch.micro_batches
+        losses = [0.0] * micro_batches(self.run.batch, self.step)
         pending = []
+        self.engine.begin_step(len(losses))
         for slot, tokens in enumerate(self._to_device(batch.tokens)):
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
@@ -236,8 +238,7 @@ class Trainer:
         self.engine.barrier()
         part = checkpoint.write_rank(directory, self.rank, self.engine.fragments(owned=True))
         parts = self.engine.gather_objects(part)
-        received = np.stack(self.uncommitted).reshape(len(self.uncommitted), -1)
-        ids = self.engine.gather_rows(torch.from_numpy(received)).numpy()
+        ids = self.engine.gather_rows(torch.from_numpy(stack_steps(self.uncommitted))).numpy()
         if self.rank == 0:
             self._commit(directory, parts, ids)
             self._event("commit", step=self.step, seconds=time.perf_counter() - start)
@@ -265,7 +266,7 @@ class Trainer:
             directory,
             checkpoint.Index(
                 step=self.step,
-                position=self.step * self.run.global_batch,
+                position=position(self.run.batch, self.step),
                 data_fingerprint=self.data.fingerprint,
                 config=self.run.model_dump(mode="json"),
                 world_size=self.world_size,
@@ -300,13 +301,13 @@ class Trainer:
 
     def _epochs(self) -> dict[str, float]:
         """How often each data set has been gone through."""
-        epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
+        epochs = SampleOrder(self.run, self.data).epochs(position(self.run.batch, self.step))
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
     def _stop_if_not_finite(self) -> None:
         if len(self.skipped) < self.run.train.max_skipped:
             return
-        ids = self.engine.gather_rows(torch.from_numpy(np.stack(list(self.skipped.values())))).numpy()
+        ids = self.engine.gather_rows(torch.from_numpy(stack_steps(list(self.skipped.values())))).numpy()
         samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
         steps = list(self.skipped)
         first = ", ".join(map(str, samples[-1][:8])) + (", …" if len(samples[-1]) > 8 else "")

@@ -29,9 +29,11 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     trainer = Trainer(run, engine)
     trainer.restore()
     start = trainer.step
+    slots = []
     blocks = local_blocks(run, engine.rank, engine.world_size, start)
-    trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, start))
-    result = {"start": start, "elements": owned_elements(engine), "scalars": engine.scalars()}
+    batches = split_blocks(blocks, run, engine.rank, engine.world_size, start)
+    trainer.train(slots.append(len(batch.ids)) or batch for batch in batches)  # type: ignore[func-returns-value]
+    result = {"start": start, "slots": slots, "elements": owned_elements(engine), "scalars": engine.scalars()}
     engine.close()
     return result
 

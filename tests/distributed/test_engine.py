@@ -14,6 +14,7 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import MixedSplit, Mixture
+from gpt2dist.data.order import position
 from gpt2dist.model import gpt2
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.optim import adamw, learning_rate
@@ -69,9 +70,10 @@ def plain_torch_losses(run: RunConfig) -> Losses:
     losses = {}
     for step in range(run.train.steps):
         total = 0.0
-        for ids in order.step(step):
+        micro_batches = order.step(step)
+        for ids in micro_batches:
             tokens = torch.from_numpy(split.samples(ids).astype("int64"))
-            loss = model(tokens) / run.batch.micro_batches
+            loss = model(tokens) / len(micro_batches)
             loss.backward()
             total += loss.item()
         norm = torch.linalg.vector_norm(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
@@ -99,9 +101,34 @@ def test_stages_and_world_sizes_give_one_fp32_curve(
 
 
 @pytest.mark.timeout(240)
+def test_a_growing_batch_gives_one_fp32_curve(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """M = 1 to 5 in 16 steps: at every stage and world size the curve of a plain loop, and no slot is wasted."""
+    data = make_data([3000, 3000])
+    changes: dict[str, Any] = {"model__dropout": 0.0, "batch__micro_batches": 5, "batch__warmup_steps": 16}
+    sizes = [min(5, 1 + 4 * step // 16) for step in range(20)]
+    runs: list[RunConfig] = []
+    for world_size, stages in {1: (2,), 2: (0, 1, 2, 3), 3: (1, 3)}.items():
+        changes["cluster__workers"] = world_size
+        part = variants(data, tmp_path / str(world_size), "fp32", stages, **changes)
+        if world_size == 2:
+            part += variants(data, tmp_path / "offload", "fp32", (1, 3), train__offload_optimizer=True, **changes)
+        (ends, *_) = ranks(jobs.train_runs, world_size, part)
+        assert [end["slots"] for end in ends] == [[-(-m // world_size) for m in sizes]] * len(part)
+        runs += part
+    reference = plain_torch_losses(runs[0])
+    for run in runs:
+        assert largest_difference(logged(run), reference) <= 1e-5, run.run_dir
+        lines = rundir.ledger_log(run.run_dir).read()
+        result = ledger.audit(run, Mixture.open(run), lines, 20)
+        assert (result.clean, result.samples) == (True, 2 * sum(sizes))
+        assert newest(run).index.position == 2 * sum(sizes)
+
+
+@pytest.mark.timeout(240)
 def test_stages_agree_in_16_bit(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     data = make_data([3000, 3000])
-    runs = variants(data, tmp_path, "bf16", (0, 1, 2, 3)) + variants(data, tmp_path, "fp16", (1, 2, 3))
+    kinds = (("bf16", (0, 1, 2, 3)), ("fp16", (1, 2, 3)))
+    runs = [run for kind in kinds for run in variants(data, tmp_path, *kind, batch__warmup_steps=12)]
     ends = ranks(jobs.train_runs, 2, runs)
     reference = logged(variants(data, tmp_path, "bf16", (2,))[0])
     for run in runs:
@@ -133,10 +160,10 @@ def test_resume_is_bitwise_at_the_same_world_size(
     ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, precision: str
 ) -> None:
     data = make_data([3000, 3000])
-    average = {"optim__ema_decay": 0.9}
-    whole = variants(data, tmp_path / "whole", precision, (0, 1, 2, 3), checkpoint__keep=5, **average)
-    halves = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), train__stop_at=7, **average)
-    rest = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), **average)
+    changes = {"optim__ema_decay": 0.9, "batch__warmup_steps": 14}  # stopped in the middle of the warm-up
+    whole = variants(data, tmp_path / "whole", precision, (0, 1, 2, 3), checkpoint__keep=5, **changes)
+    halves = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), train__stop_at=7, **changes)
+    rest = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), **changes)
     # By stage: DeepSpeed's stage 3 replaces F.linear for the rest of a process, and other bits come out.
     first = sorted([*whole, *halves], key=lambda run: run.train.zero_stage)
     ranks(jobs.train_runs, 2, first)
@@ -177,14 +204,14 @@ def test_muon_resumes_bitwise(ranks: Ranks, make_data: Callable[..., str], tmp_p
 @pytest.mark.timeout(240)
 def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     data = make_data([3000, 3000])
-    average = {"optim__ema_decay": 0.9}
-    whole = variants(data, tmp_path / "whole", "fp32", (2,), **average)[0]
+    more = {"optim__ema_decay": 0.9, "batch__warmup_steps": 14}
+    whole = variants(data, tmp_path / "whole", "fp32", (2,), **more)[0]
     ranks(jobs.train_runs, 2, [whole])
     # (workers, stage) of each leg of one run: saved by one, loaded by the next.
     legs = [(2, 2, 4), (1, 3, 7), (3, 1, 10), (2, 0, 13), (3, 3, 16), (2, 2, None)]
     for workers, stage, stop in legs:
         changes = {"cluster__workers": workers, "train__zero_stage": stage, "name": "reshaped", "train__stop_at": stop}
-        changes |= average
+        changes |= more
         run = tiny_run(storage=str(tmp_path), data__path=data, train__steps=20, checkpoint__every_steps=0, **changes)
         ranks(jobs.train_runs, workers, [run])
     assert largest_difference(logged(run), logged(whole)) <= 1e-5
@@ -194,7 +221,7 @@ def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callabl
     lines = rundir.ledger_log(run.run_dir).read()
     result = ledger.audit(run, Mixture.open(run), lines, jobs.committed_step(run))
     assert result.clean
-    assert result.samples == 20 * 8
+    assert result.samples == position(run.batch, 20)
     assert result.attempts == len(legs)
     assert {line["world_size"] for line in lines} == {1, 2, 3}
 

@@ -7,13 +7,21 @@ from pathlib import Path
 import torch
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.order import position
 from gpt2dist.model.gpt2 import GPT2
 from gpt2dist.train import checkpoint
 from gpt2dist.train.checkpoint import Index
 from gpt2dist.train.fragment import EMA, KINDS, Fragment
 
 
-def save_run(run: RunConfig, model: GPT2, step: int = 4, ranks: int = 2, average: GPT2 | None = None) -> str:
+def save_run(
+    run: RunConfig,
+    model: GPT2,
+    step: int = 4,
+    ranks: int = 2,
+    average: GPT2 | None = None,
+    fingerprint: str = "f",
+) -> str:
     """A run directory with a checkpoint of the model's weights, each parameter cut in pieces as ZeRO does.
 
     average: the averaged weights, where the run has them.
@@ -34,8 +42,8 @@ def save_run(run: RunConfig, model: GPT2, step: int = 4, ranks: int = 2, average
         parts.append(checkpoint.write_rank(directory, rank, fragments))
     index = Index(
         step=step,
-        position=step * run.global_batch,
-        data_fingerprint="f",
+        position=position(run.batch, step),
+        data_fingerprint=fingerprint,
         config=run.model_dump(mode="json"),
         world_size=ranks,
         zero_stage=2,

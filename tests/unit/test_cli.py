@@ -10,7 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpt2dist.cli import main
+from gpt2dist.config import load_run
+from gpt2dist.data.mixture import Mixture
+from gpt2dist.model.gpt2 import GPT2Config, build
 from tests.conftest import tiny_run
+from tests.unit.runs import save_run
 from tests.unit.test_checkpoint import save
 
 
@@ -116,6 +120,22 @@ def test_checkpoint_that_does_not_fit(run_file: str) -> None:
     assert_one_line(cli("train", run_file), "run.toml: model: does not fit the checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=4", "seed = 4, but the run was started with 3"),
+        ("batch.warmup_steps=9", "batch.warmup_steps = 9, but the run was started with 8"),
+        ("batch.initial_micro_batches=2", "batch.initial_micro_batches = 2, but the run was started with 1"),
+    ],
+)
+def test_a_resume_that_would_train_on_other_samples(run_file: str, override: str, message: str) -> None:
+    run = load_run(run_file, ("batch.warmup_steps=8",))
+    save_run(run, build(GPT2Config.from_run(run), 0), fingerprint=Mixture.open(run).fingerprint)
+    Path("runs/run/config.toml").unlink()
+    sets = ("--set", "batch.warmup_steps=8", "--set", override)
+    assert_one_line(cli("train", run_file, *sets), f"run.toml: {message}: other samples would follow")
+
+
 def test_initial_weights_that_are_not_there(run_file: str) -> None:
     result = cli("train", run_file, "--set", "model.init_from=not/a/model")
     assert_one_line(result, "run.toml: model.init_from = not/a/model: not/a/model: no such directory")
@@ -145,6 +165,10 @@ def test_dry_run_starts_nothing(run_file: str) -> None:
     numbers = json.loads(cli("train", run_file, "--dry-run", "--json").stdout)
     assert numbers["config"]["optim"]["lr"] == 3e-3
     assert numbers["tokens_per_step"] == 4 * 2 * 16
+    assert numbers["tokens"] == 12 * 4 * 2 * 16
+    grows = ("--set", "batch.warmup_steps=8")
+    assert json.loads(cli("train", run_file, "--dry-run", "--json", *grows).stdout)["tokens"] == (15 + 4 * 4) * 2 * 16
+    assert "in the first 8 steps growing from 1 micro-batches" in cli("train", run_file, "--dry-run", *grows).stdout
     assert numbers["memory_bytes"]["Adam moments"] == 8 * numbers["parameters_padded"] // 2
 
 
