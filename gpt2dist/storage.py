@@ -10,10 +10,12 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,9 +30,12 @@ from upath import UPath
 
 from gpt2dist.config import UserError
 
+UPLOAD_BYTES = 32 << 20
+"""Of a file that is written in pieces to an object store: a request each."""
 SEGMENT_BYTES = 1 << 20
 """Of a log on an object store: a longer object is not written again, the next one begins."""
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -157,6 +162,33 @@ def publish_file(temporary: Path, path: UPath) -> None:
     with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: UPath) -> Iterator[BinaryIO]:
+    """A file to be written in pieces; it appears, whole, when the block ends, and not at all if that raises."""
+    if is_local(path):
+        temporary = stage(path)
+        try:
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return
+    with _named(path):
+        remote = path.fs.open(path.path, "wb", block_size=UPLOAD_BYTES)
+        try:
+            yield remote
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error that brought us here counts
+                remote.discard()
+            remote.closed = True  # or its end would complete the upload
+            raise
+        remote.close()
 
 
 @_operation
@@ -294,30 +326,50 @@ class JsonLines:
         self._text = ""
         self._waiting = False
         self._flushed = -flush_s
+        self._unwritten: list[dict[str, Any]] = []
+        self._lock = threading.RLock()  # checkpoints are committed in a thread of their own
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Add records; the data has left the process when this returns, or `flush_s` later."""
+        """Add records; the data has left the process when this returns, or `flush_s` later.
+
+        All of them, or with an exception none.
+        """
         text = "".join(json.dumps(record) + "\n" for record in records)
-        if not is_local(self.path):
+        with self._lock:
+            if is_local(self.path):
+                _append_text(self.path, text)
+                return
+            before = self._text, self._waiting
             self._text += text
             self._waiting = True
-            if time.monotonic() - self._flushed >= self.flush_s:
-                self.flush()
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(text)
+            try:
+                if time.monotonic() - self._flushed >= self.flush_s:
+                    self.flush()
+            except BaseException:
+                self._text, self._waiting = before
+                raise
+
+    def try_append(self, *records: dict[str, Any]) -> None:
+        """Like `append`; what cannot be written, the storage being away or full, is written with the next records."""
+        self._unwritten += records
+        try:
+            self.append(*self._unwritten)
+        except (OSError, StorageError) as e:
+            logger.warning("%s: not written yet: %s", self.path, e)
+        else:
+            self._unwritten = []
 
     def flush(self) -> None:
         """On an object store: write the records that wait."""
-        if not self._waiting:
-            return
-        if self._segment is None:
-            self._segment = self._new_segment()
-        publish(self._segment, self._text.encode())
-        self._waiting, self._flushed = False, time.monotonic()
-        if len(self._text) >= SEGMENT_BYTES:
-            self._segment, self._text = None, ""
+        with self._lock:
+            if not self._waiting:
+                return
+            if self._segment is None:
+                self._segment = self._new_segment()
+            publish(self._segment, self._text.encode())
+            self._waiting, self._flushed = False, time.monotonic()
+            if len(self._text) >= SEGMENT_BYTES:
+                self._segment, self._text = None, ""
 
     def sync(self) -> None:
         """Force what was appended to the disk, or the object store."""
@@ -397,8 +449,34 @@ class JsonLines:
             number += 1
 
 
+def _append_text(path: UPath, text: str) -> None:
+    """In one write; after a torn line, which a machine that lost power may have left, on a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
+        torn = False
+        if end:
+            f.seek(end - 1)
+            torn = f.read(1) != b"\n"
+        data = (b"\n" if torn else b"") + text.encode()
+        try:
+            while data:
+                data = data[f.write(data) :]
+        except OSError:  # the disk is full: no part of a record
+            f.truncate(end)
+            raise
+
+
 def _records(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [record for line in text.splitlines(keepends=True) if (record := _record(line))]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """None for a torn line."""
+    try:
+        return dict(json.loads(line)) if line.endswith("\n") else None
+    except ValueError:
+        return None
 
 
 def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
@@ -410,4 +488,5 @@ def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
     else:
         end = file_size(path)
         data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
-    return [json.loads(line) for line in data.split(b"\n")[1 if end > max_bytes else 0 : -1]]
+    lines = data.split(b"\n")[1 if end > max_bytes else 0 : -1]
+    return [record for line in lines if (record := _record(line.decode(errors="replace") + "\n"))]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.order import accumulation_steps, position
+from gpt2dist.data.order import accumulation_steps, consumed
 from gpt2dist.model import gpt2
 from gpt2dist.model.loss import ROWS
 from gpt2dist.train.fragment import is_muon_matrix
@@ -15,9 +15,9 @@ from gpt2dist.train.fragment import is_muon_matrix
 def arithmetic(run: RunConfig) -> dict[str, Any]:
     """Counts of one run; sizes in tokens, sequences and FLOPs; those of a step hold after the warm-up of the batch."""
     config = gpt2.GPT2Config.from_run(run)
-    world, tokens = run.cluster.workers, run.global_batch * run.data.seq_len
+    world, tokens = run.cluster.max_workers, run.global_batch * run.data.seq_len
     gas = accumulation_steps(run.batch.micro_batches, world)
-    all_tokens = position(run.batch, run.train.steps) * run.data.seq_len
+    all_tokens = consumed(run.batch, run.train.steps) * run.data.seq_len
     flops = gpt2.flops_per_token(config, run.data.seq_len)
     n = gpt2.count_parameters(config, published=False)
     return {
@@ -43,7 +43,7 @@ def memory(run: RunConfig) -> dict[str, int]:
     reduced, at the end of backward. tests/distributed/test_memory.py holds this against measurements.
     """
     config = gpt2.GPT2Config.from_run(run)
-    n, world, stage = gpt2.count_parameters(config, published=False), run.cluster.workers, run.train.zero_stage
+    n, world, stage = gpt2.count_parameters(config, published=False), run.cluster.max_workers, run.train.zero_stage
     low = 4 if run.train.precision == "fp32" else 2
     share = {s: -(-n // world) if stage >= s else n for s in (1, 2, 3)}
     on_cpu = run.cluster.gpus_per_worker == 0

@@ -14,7 +14,7 @@ guarantees for ever, which it does not for its own shuffles.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -38,8 +38,8 @@ def micro_batches(batch: BatchSection, step: int) -> int:
     return batch.initial_micro_batches + growth * step // batch.warmup_steps
 
 
-def position(batch: BatchSection, step: int) -> int:
-    """Samples consumed before a step: Σ M(t)·micro over the steps t before it."""
+def consumed(batch: BatchSection, step: int) -> int:
+    """Samples that a run has consumed before a step: Σ M(t)·micro over the steps t before it."""
     warmup = min(step, batch.warmup_steps)
     return (_in_warmup(batch)[warmup] + (step - warmup) * batch.micro_batches) * batch.micro_sequences
 
@@ -62,12 +62,29 @@ def permutation(n: int, *key: int | str) -> Ids:
     return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64)
 
 
+def positions(start: int, stop: int, skip: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Where the run's samples number [start, stop) lie when the positions of `skip` are left out: ranges, in order.
+
+    skip: disjoint ranges [first, end), ascending.
+    """
+    left_out = 0
+    for first, end in skip:
+        upto = min(stop, first - left_out)
+        if start < upto:
+            yield start + left_out, upto + left_out
+            start = upto
+        left_out += end - first
+    if start < stop:
+        yield start + left_out, stop + left_out
+
+
 class SampleOrder:
     """The sample order of one run's training data, and how it falls on ranks."""
 
     def __init__(self, run: RunConfig, data: Mixture) -> None:
         self.seed = run.seed
         self.batch = run.batch
+        self.skip = run.data.skip
         self.shares = np.array([c.share for c in data.components], dtype=np.int64)
         split = MixedSplit(data, "train", run.data.seq_len)
         self.num_samples = split.num_samples
@@ -75,6 +92,11 @@ class SampleOrder:
         self.sources = [_SourceOrder(run, part, k) for k, part in enumerate(split.parts)]
 
     def samples(self, start: int, stop: int) -> Ids:
+        """Sample ids that the run consumes as number [start, stop): int64 [stop - start]."""
+        parts = [self._samples(*part) for part in positions(start, stop, self.skip)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _samples(self, start: int, stop: int) -> Ids:
         """Sample ids at positions [start, stop): int64 [stop - start]."""
         if len(self.sources) == 1:
             return self.sources[0].samples(start, stop)
@@ -92,8 +114,9 @@ class SampleOrder:
             at += last - first
         return ids
 
-    def epochs(self, position: int) -> list[float]:
-        """How often the run has been through each data set when it is at `position`."""
+    def epochs(self, samples: int) -> list[float]:
+        """How often the run has been through each data set after so many samples."""
+        position = max((end for _, end in positions(0, samples, self.skip)), default=0)
         if len(self.sources) == 1:
             return [position / self.num_samples]
         rounds, rest = divmod(position, SHARES)
@@ -102,7 +125,7 @@ class SampleOrder:
 
     def step(self, step: int) -> Ids:
         """Sample ids of a step: int64 [M, micro], row j being micro-batch j."""
-        ids = self.samples(position(self.batch, step), position(self.batch, step + 1))
+        ids = self.samples(consumed(self.batch, step), consumed(self.batch, step + 1))
         return ids.reshape(-1, self.batch.micro_sequences)
 
     def rank_step(self, step: int, rank: int, world_size: int) -> Ids:

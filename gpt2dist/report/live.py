@@ -68,9 +68,42 @@ def describe(event: dict[str, Any]) -> str | None:
         return f"checkpoint of step {event['step']} is damaged and left out: {event['reason']}"
     if kind == "ema_started":
         return f"averaged weights (optim.ema_decay) begin with the weights of step {event['step']}"
+    if kind == "preemption":
+        return f"a machine with {_workers(event['ranks'])} will be taken away {_when(event)}: {_reaction(event)}"
+    if kind == "resize":
+        return f"going on with {event['workers']} workers"
+    if kind == "rewind":
+        first, end = event["steps"]
+        left_out = sum(b - a for a, b in event["positions"])
+        return f"the loss diverged in steps {first} to {end - 1}: going back, and leaving their {left_out} samples out"
+    if kind == "hang":
+        where = f"stacks of all are in {rundir.STACKS}/"
+        return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; {where}"
+    if kind == "save_failed":
+        return f"step {event['step']} could not be saved ({event['reason']}); trying again later"
     if kind == "eval":
         return f"validation loss before training: {event['val_loss']:.4f}"
     return None
+
+
+def _workers(ranks: list[int]) -> str:
+    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _when(preemption: dict[str, Any]) -> str:
+    left = preemption["seconds_left"]
+    return "soon" if left is None else f"in {left:.0f} s"
+
+
+def _reaction(preemption: dict[str, Any]) -> str:
+    if preemption["action"] == "save":
+        return "saving now, and once more at the end"
+    if preemption["action"] == "leave":
+        return "saving, then going on without it"
+    return (
+        f"too soon for a save, which takes about {preemption['save_takes_s']:.0f} s; what follows step "
+        f"{preemption['saved_step']} will be done again"
+    )
 
 
 def _line(metrics: dict[str, Any], steps: int) -> str:

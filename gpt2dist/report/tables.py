@@ -25,7 +25,7 @@ def size(number: float) -> str:
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """A two-column table."""
     if title:
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
         table.add_row(key, value)
@@ -69,12 +69,12 @@ def inspected(console: Console, manifest: Manifest, result: Mapping[str, Any], l
         table.add_row(f"{row['from']:,} - {row['below'] - 1:,}", f"{row['documents']:,}", bar)
     console.print(table)
     console.print("first document:")
-    console.print(result["sample"], markup=False)
+    console.print(result["sample"])
 
 
 def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory: Mapping[str, int]) -> None:
     """The resolved config, the batch arithmetic, and the memory of each part."""
-    console.print(run.to_toml(), markup=False)
+    console.print(run.to_toml())
     m, world, gas = numbers["micro_batches"], numbers["workers"], numbers["accumulation_steps"]
     padding = numbers["padding_micro_batches"]
     batch = run.batch
@@ -99,6 +99,26 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
         f"memory of one worker, ZeRO-{run.train.zero_stage}, {run.train.precision} (computed)",
         {name: size(value) for name, value in {**memory, **total}.items()},
     )
+
+
+def verdict(console: Console, v: Mapping[str, Any]) -> None:
+    """What `chaos` found."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "fault", "what happened", "until further than before"):
+        table.add_column(column, justify="right" if column == "step" else "left")
+    for fault in v["faults"]:
+        table.add_row(str(fault["step"]), fault["fault"], fault["what"], f"{fault['seconds']:.1f} s")
+    console.print(table)
+    apart, allowed, audit = v["largest_difference"], v["allowed"], v["audit"]
+    same = "equal in every step" if apart == 0 else f"differ by {apart:.2g} at most"
+    sizes = " → ".join(map(str, v["world_sizes"]))
+    rows = {
+        "losses": f"{same} ({allowed:g} allowed; workers: {sizes})",
+        "samples": f"{audit['samples']:,} once, {audit['duplicates']} twice, {audit['gaps']} never",
+        "worker groups": f"{v['attempts']}, {v['redone_steps']} steps done again",
+        "verdict": "PASSED" if v["passed"] else "FAILED",
+    }
+    pairs(console, "", rows)
 
 
 def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import re
 from collections import defaultdict
@@ -19,18 +20,31 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 from upath import UPath
 
 from gpt2dist.config import Section, UserError
-from gpt2dist.storage import children, exists, file_size, location, publish, read_bytes, remove, remove_tree, sha256_of
+from gpt2dist.storage import (
+    children,
+    exists,
+    file_size,
+    location,
+    publish,
+    read_bytes,
+    remove,
+    remove_tree,
+    sha256_of,
+    writing,
+)
 from gpt2dist.train.fragment import Fragment, kinds
 from gpt2dist.train.fragment_file import BadFile, Slice, read_slices
 
 INDEX = "index.json"
+FILE_NAME = r"^rank-\d{5}(\.\d+)?\.safetensors$"
+WRITE_BYTES = 8 << 20
+"""Hashed and written at a time."""
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 
 
@@ -41,7 +55,7 @@ class SavedFragment(Section):
     kind: Kind
     start: int = Field(ge=0)
     length: int = Field(ge=1)
-    file: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
+    file: str = Field(pattern=FILE_NAME)
 
     @property
     def key(self) -> str:
@@ -52,7 +66,7 @@ class SavedFragment(Section):
 class SavedFile(Section):
     """Size and hash of one file."""
 
-    file: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
+    file: str = Field(pattern=FILE_NAME)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -125,30 +139,118 @@ def step_directory(run_dir: str, step: int) -> UPath:
 # ---------------------------------------------------------------------- writing
 
 
-def write_rank(directory: UPath, rank: int, fragments: Iterable[Fragment]) -> tuple[SavedFile, list[SavedFragment]]:
-    """Write one rank's file; returns its description for the index."""
-    name = f"rank-{rank:05d}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    table: list[SavedFragment] = []
-    for f in fragments:
-        tensors[fragment_key(f.parameter, f.kind, f.start)] = f.tensor.detach().cpu().contiguous()
-        saved = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": f.tensor.numel(), "file": name}
-        table.append(SavedFragment.model_validate(saved))
-    data = safetensors.torch.save(tensors)
-    publish(directory / name, data)
-    return SavedFile(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), table
+class Snapshot:
+    """One rank's fragments as they were at one moment, laid out as the data of the file that they become."""
+
+    def __init__(self, rank: int, attempt: int) -> None:
+        # An earlier attempt that is not quite dead may still be writing: never to the same file.
+        again = f".{attempt}" if attempt > 1 else ""
+        self.file = f"rank-{rank:05d}{again}.safetensors"
+        self.table: list[SavedFragment] = []
+        self._header = b""
+        self._data = torch.empty(0)
+        self._left: UPath | None = None  # written, but not known to be part of a checkpoint
+        self.written = 0
+        """Bytes written since it was made."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the file."""
+        return len(self._header) + 4 * len(self._data)
+
+    def take(self, fragments: Iterable[Fragment]) -> None:
+        """Copy the fragments to host memory; always the same ones, so that this is allocated once."""
+        source = list(fragments)
+        if not self.table:
+            self._lay_out(source)
+        end = 0
+        for f, saved in zip(source, self.table, strict=True):
+            self._data[end : end + saved.length].copy_(f.tensor.detach(), non_blocking=True)
+            end += saved.length
+        if source and source[0].tensor.is_cuda:
+            torch.cuda.synchronize()
+
+    def write(self, directory: UPath) -> SavedFile:
+        """Write the file, in pieces; returns its size and hash."""
+        self.discard()
+        digest = hashlib.sha256()
+        data: Any = memoryview(self._data.numpy()).cast("B")  # type: ignore[arg-type]
+        with writing(directory / self.file) as f:
+            for piece in (self._header, *(data[i : i + WRITE_BYTES] for i in range(0, len(data), WRITE_BYTES))):
+                digest.update(piece)
+                f.write(piece)
+                self.written += len(piece)
+        self._left = directory / self.file
+        return SavedFile(file=self.file, bytes=self.bytes, sha256=digest.hexdigest())
+
+    def discard(self) -> None:
+        """Delete the file that was written last, unless `kept` was called since: it would only take room."""
+        if self._left is not None:
+            remove(self._left)
+            self._left = None
+
+    def kept(self) -> None:
+        """What was written last is part of a checkpoint."""
+        self._left = None
+
+    def _lay_out(self, fragments: list[Fragment]) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        for f in fragments:
+            length = f.tensor.numel()
+            table = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": length, "file": self.file}
+            self.table.append(SavedFragment.model_validate(table))
+            header[self.table[-1].key] = {"dtype": "F32", "shape": [length], "data_offsets": [end, end + 4 * length]}
+            end += 4 * length
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        pinned = bool(fragments) and fragments[0].tensor.is_cuda
+        self._data = torch.zeros(end // 4, pin_memory=pinned)  # zeros: touched now, not in the first save
+
+
+def write_rank(
+    directory: UPath, rank: int, fragments: Iterable[Fragment], attempt: int = 1
+) -> tuple[SavedFile, list[SavedFragment]]:
+    """Write one rank's file at once; returns its description for the index."""
+    snapshot = Snapshot(rank, attempt)
+    snapshot.take(fragments)
+    return snapshot.write(directory), snapshot.table
 
 
 def commit(directory: UPath, index: Index) -> None:
     """Publish the index: from now on the checkpoint exists. Raises `BadCheckpoint` on missing pieces."""
     check_coverage(index)
     publish(directory / INDEX, (index.model_dump_json(indent=1) + "\n").encode())
+    listed = {INDEX, *(f.file for f in index.files)}
+    for path in children(directory):  # of an attempt that died while saving, or of a damaged checkpoint
+        if path.name not in listed:
+            remove(path)
+
+
+def clear_unfinished(run_dir: str) -> list[int]:
+    """Delete what dead attempts left: directories without an index; returns their steps."""
+    left = [(step, path) for step, path in _directories(run_dir) if not exists(path / INDEX)]
+    for _, path in left:
+        remove_tree(path)
+    return sorted(step for step, _ in left)
+
+
+def remove_after(run_dir: str, step: int, attempt: int) -> list[int]:
+    """Delete checkpoints of later steps that this attempt or an earlier one saved; returns their steps."""
+    gone = []
+    for found in committed(run_dir):
+        if isinstance(found, Checkpoint) and found.index.step > step and found.index.attempt <= attempt:
+            remove(found.path / INDEX)
+            remove_tree(found.path)
+            gone.append(found.index.step)
+    return gone
 
 
 def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
     """Delete all but the newest `keep` checkpoints and every `keep_every`-th step; returns the deleted steps.
 
-    Directories without an index are what dead attempts left; those older than the newest checkpoint go too.
+    Directories without an index, of saves that failed, go too where they are older than the newest checkpoint.
     """
     committed = sorted(step for step, path in _directories(run_dir) if exists(path / INDEX))
     kept = set(committed[-keep:]) | {s for s in committed if keep_every and s % keep_every == 0}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -111,9 +112,8 @@ class Engine:
 
         if device.type == "cpu":
             _build_cpu_collectives()
-            if run.train.precision == "fp16":
-                # DeepSpeed asks oneDNN, which says no where a CPU has no instructions for it; torch computes it anyway.
-                get_accelerator().is_fp16_supported = lambda: True
+            # DeepSpeed refuses fp16 on CPUs that have no units for it; torch computes it on all.
+            get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_init_required=False)
         config = _deepspeed_config(run, self.world_size, self.gas)
         working = DTYPES[run.train.precision]
@@ -147,8 +147,8 @@ class Engine:
         self._weight = self.world_size / micro_batches  # micro-batches are summed, then averaged over the ranks
         self._done = 0  # micro-batches of this step that this rank has run
 
-    def forward_backward(self, tokens: Tensor, *, padding: bool) -> Tensor:
-        """Mean loss of one micro-batch, its gradient accumulated.
+    def forward_backward(self, tokens: Tensor, *, padding: bool, spoilt: bool = False) -> Tensor:
+        """Mean loss of one micro-batch, its gradient accumulated, which is NaN where it is `spoilt`.
 
         tokens: int64 [micro, T+1]; result: fp32 scalar, detached, without gradient scaling. A padding
         micro-batch weighs nothing: it keeps the ranks' collectives in step where M does not divide.
@@ -156,7 +156,8 @@ class Engine:
         self._done += 1
         self.ds.set_gradient_accumulation_boundary(self._done == self.gas)
         loss: Tensor = self.ds(tokens)
-        self.ds.backward(loss * (0.0 if padding else self._weight), scale_wrt_gas=False)
+        weight = math.nan if spoilt else 0.0 if padding else self._weight
+        self.ds.backward(loss * weight, scale_wrt_gas=False)
         return loss.detach().float()
 
     def step(self, lr: float) -> StepResult:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
-from gpt2dist.data.order import Ids, SampleOrder, ids_digest, position
+from gpt2dist.data.order import Ids, SampleOrder, consumed, ids_digest, positions
 
 
 def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int, data: str) -> dict[str, Any]:
@@ -26,6 +26,12 @@ def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int, da
         "attempt": attempt,
         "data": data,
     }
+
+
+def _positions(run: RunConfig, step: int) -> list[int]:
+    """[first, end, first, end, …] of a step; more than one range only where samples were left out on purpose."""
+    parts = positions(consumed(run.batch, step), consumed(run.batch, step + 1), run.data.skip)
+    return [bound for part in parts for bound in part]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
     """
 
     def size(steps: Iterable[int]) -> int:
-        return sum(end - first for first, end in (_positions(run, step) for step in steps))
+        return sum(consumed(run.batch, step + 1) - consumed(run.batch, step) for step in steps)
 
     order = SampleOrder(run, data)
     lines = [line for line in lines if line["step"] < committed_step]
@@ -82,17 +88,13 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
             elsewhere.add(step)
         elif line["samples_sha256"] == ids_digest(order.step(step).reshape(-1)):
             right.add(step)
+    last = max(_positions(run, committed_step - 1), default=0) if committed_step else 0
     return Audit(
         samples=size(right),
         duplicates=duplicates,
-        gaps=position(run.batch, committed_step) - size(right) - size(elsewhere),
-        skipped=0,
+        gaps=consumed(run.batch, committed_step) - size(right) - size(elsewhere),
+        skipped=sum(end - first for first, end in run.data.skip if first < last),
         steps=committed_step,
         attempts=len({line["attempt"] for line in lines}),
         unverifiable=size(elsewhere),
     )
-
-
-def _positions(run: RunConfig, step: int) -> list[int]:
-    """[first, end) of a step."""
-    return [position(run.batch, step), position(run.batch, step + 1)]

@@ -6,35 +6,51 @@ learning rate, each micro-batch's dropout seed. No Ray here; a stream of batches
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from upath import UPath
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
+from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, micro_batches, position, stack_steps
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, micro_batches, positions, stack_steps
 from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import exists, is_local, location, remove_tree
-from gpt2dist.train import checkpoint, ledger, rundir
+from gpt2dist.storage import StorageError, is_local, location
+from gpt2dist.train import checkpoint, divergence, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
+from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
+from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
 from gpt2dist.train.profile import Profile
+from gpt2dist.train.saver import Outcome, Saver, Written
+from gpt2dist.train.savetimes import SaveTimes
+from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
 """Steps between two collections of cyclic garbage; left to Python they come at any time, on each rank at another."""
-STOP_POLL_S = 3.0
-"""Between two looks for the stop file on an object store."""
+REQUEST_POLL_S = 3.0
+"""Between two looks for a request on an object store."""
+NOTICE_POLL_S = 2.0
+"""Between two questions whether a machine will be taken away."""
+
+NAMED_DOCUMENTS = 1000
+"""Of a divergence, in events.jsonl."""
+
+End = Literal["finished", "stopped", "preempted", "resized", "rewound"]
+"""Why a worker group ended on purpose; after the last three, another one goes on."""
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -50,15 +66,42 @@ def _collect_by_hand() -> None:
     gc.disable()
 
 
-class NonFiniteGradients(Exception):
-    """`train.max_skipped` steps in a row had gradients that are not finite; the message names them."""
+class Diverged(Exception):
+    """`train.max_skipped` steps in a row had non-finite gradients, or no rewind helps; the message says which."""
+
+
+def _unflatten(values: list[float], like: list[list[float]]) -> Iterator[list[float]]:
+    rest = iter(values)
+    return (list(itertools.islice(rest, len(part))) for part in like)
+
+
+class NotSaved(Exception):
+    """The last state could not be saved; the message says why."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What some rank wants after a step, and how the save in flight is doing; summed over the ranks."""
+
+    stop: float = 0.0
+    """1: a person asked for it; 2: the group is to be resized."""
+    leave: float = 0.0
+    """The machine goes soon: the last save has to begin now."""
+    save: float = 0.0
+    ask: float = 0.0
+    """Time to ask whether a machine will be taken away."""
+    busy: float = 0.0
+    """Ranks that are still writing."""
+    failed: float = 0.0
+    """Ranks that could not write."""
 
 
 class Trainer:
     """One rank's part of a run, from the newest good checkpoint to `stop_step`."""
 
-    def __init__(self, run: RunConfig, engine: Engine) -> None:
-        self.run, self.engine = run, engine
+    def __init__(self, run: RunConfig, engine: Engine, notice: Callable[[], Notice | None] = lambda: None) -> None:
+        """`notice`: whether a machine of the group will be taken away; a collective."""
+        self.run, self.engine, self.ask_notice = run, engine, notice
         self.rank, self.world_size = engine.rank, engine.world_size
         self.data = Mixture.open(run)
         self.metrics = rundir.metrics_log(run.run_dir)
@@ -66,11 +109,17 @@ class Trainer:
         self.events = rundir.events_log(run.run_dir)
         self.step = 0  # steps done; the next one has this number
         self.attempt = 0
-        self.stop_file = location(run.run_dir) / rundir.STOP_FILE
-        self.look_for_stop = 0.0  # not before this time
+        self.look_for_request = 0.0  # not before this time
+        self.next_ask = 0.0
+        self.notice: Notice | None = None
+        self.leave_at = float("inf")
         self.saved_step = -1
-        self.saved_time = time.monotonic()
+        self.ledger_end = 0  # steps that have a line
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
+        self.saver: Saver
+        self.times: SaveTimes
+        self.divergence: Divergence
+        self.watchdog: Watchdog
         self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
         self.profile = Profile(run, self.rank)
@@ -85,47 +134,56 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def train(self, batches: Iterator[StepBatch]) -> None:
+    def train(self, batches: Iterator[StepBatch]) -> End:
         """Train up to `stop_step`, evaluating and saving as the run file says; ends saved.
 
         Raises:
-            NonFiniteGradients: in too many steps in a row.
+            Diverged: non-finite gradients in too many steps in a row, or no rewind helps any more.
+            NotSaved: the storage did not take the last state.
         """
-        run = self.run
+        run, every = self.run, self.run.eval.every_steps
         with ThreadPoolExecutor(1) as reader:  # the stream starts up while the validation loss is computed
             first = reader.submit(lambda: list(itertools.islice(batches, 1)))
-            if self.step == 0 and run.eval.every_steps:
+            if self.step == 0 and every:
                 self._event("eval", step=0, val_loss=self.evaluate())
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
+        end: End = "finished"
         while self.step < run.stop_step:
             self.profile.before(self.step)
-            metrics, stop, save = self.train_step(batches)
-            last = self.step == run.stop_step
-            every = run.eval.every_steps
+            metrics, wishes = self.train_step(batches)
             if every and (self.step % every == 0 or self.step == run.train.steps):
-                metrics["val_loss"] = self.evaluate()
+                start = time.perf_counter()
+                metrics |= {"val_loss": self.evaluate(), "eval_s": time.perf_counter() - start}
+            self._alive()
             self._log(metrics)
-            if "val_loss" in metrics:
-                self.metrics.flush()
-            self._stop_if_not_finite()
-            every = run.checkpoint.every_steps
-            if last or stop or save or (every and self.step % every == 0):
-                self.save()
+            if self._diverged(metrics):
+                return "rewound"
+            self._save_in_background(wishes)
+            if wishes.ask:
+                self._look_for_notice(metrics["step_s"])
             if self.step % COLLECT_EVERY == 0:
                 gc.collect()
-            if stop:
+            if wishes.stop or wishes.leave:
+                end = "preempted" if wishes.leave else "resized" if wishes.stop > 1 else "stopped"
                 break
+        self.save()
         self.profile.close(self.step)
-        end = {"finished": self.step == run.train.steps, "epochs": self._epochs(), "skipped": self._count_skipped()}
-        self._event("end", step=self.step, **end)
+        if self.step == run.stop_step:
+            end = "finished" if self.step == run.train.steps else "stopped"
+        counts = {"epochs": self._epochs(), "skipped": self._skipped()}
+        self._event("end", step=self.step, reason=end, finished=end == "finished", **counts)
+        return end
 
     def close(self) -> None:
         """Write the metrics that wait, also after a failure."""
         self.metrics.flush()
+        if self.attempt:
+            self.watchdog.close()
+            self.saver.close()
 
-    def train_step(self, batches: Iterator[StepBatch]) -> tuple[dict[str, Any], bool, bool]:
-        """One step of the whole group; returns its metrics, whether to stop, and whether to save."""
+    def train_step(self, batches: Iterator[StepBatch]) -> tuple[dict[str, Any], Wishes]:
+        """One step of the whole group; returns its metrics, and what the ranks want now."""
         start = time.perf_counter()
         batch = next(batches)
         data_wait = time.perf_counter() - start
@@ -137,9 +195,8 @@ class Trainer:
         # One all-reduce carries losses and peaks (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
         peaks = [0.0] * self.world_size
         peaks[self.rank] = float(self.engine.memory.bytes())
-        mine = [self._wants_stop(), self._wants_save(), *peaks, *losses]
-        stop, save, *both = self.engine.sum_over_ranks(mine)
-        peaks, losses = both[: self.world_size], both[self.world_size :]
+        mine = [losses, peaks, self._wishes()]
+        losses, peaks, wishes = _unflatten(self.engine.sum_over_ranks([v for part in mine for v in part]), mine)
         seconds = time.perf_counter() - start
         metrics = {
             "step": self.step,
@@ -154,6 +211,8 @@ class Trainer:
             "checkpoint_s": self.save_seconds,
             "step_s": seconds,
             "peak_memory_bytes": int(max(peaks)),
+            "attempt": self.attempt,
+            "time": time.time(),
         }
         self.save_seconds = 0.0
         if result.applied:
@@ -164,7 +223,7 @@ class Trainer:
                 self.skipped[self.step] = batch.ids
         self.uncommitted.append(batch.ids)
         self.step += 1
-        return metrics, stop > 0, save > 0
+        return metrics, Wishes(*wishes)
 
     def forward_backward(self, batch: StepBatch) -> list[float]:
         """Accumulate this rank's gradients; returns the losses of the M micro-batches, 0 for other ranks' ones."""
@@ -175,7 +234,8 @@ class Trainer:
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
             torch.manual_seed(dropout_seed(self.run.seed, self.step, micro_batch))
-            loss = self.engine.forward_backward(tokens, padding=padding)
+            spoilt = self.step in self.run.train.nan_at
+            loss = self.engine.forward_backward(tokens, padding=padding, spoilt=spoilt)
             if not padding:
                 pending.append((micro_batch, loss))
         for micro_batch, loss in pending:  # read only now: a read waits for the device
@@ -199,6 +259,9 @@ class Trainer:
 
     def restore(self) -> None:
         """Load the newest checkpoint that is whole, and open a new attempt."""
+        if self.rank == 0:  # what was saved after a divergence had begun
+            for rewind in rundir.rewinds(self.events.read()):
+                checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
         for step in self._agree([c.index.step for c in self._committed()]):
             found = checkpoint.step_directory(self.run.run_dir, step)
             try:
@@ -214,7 +277,7 @@ class Trainer:
             checkpoint.load(candidate, self.engine.fragments(owned=False))
             self.engine.state_changed()
             self.engine.load_scalars(candidate.index.scalars)
-            self.step = self.saved_step = step
+            self.step = self.saved_step = self.ledger_end = step
             if self.run.optim.ema_decay and not candidate.index.has_ema:
                 self.engine.start_ema()
                 self._event("ema_started", step=step)
@@ -228,61 +291,97 @@ class Trainer:
         self._open_attempt()
 
     def save(self) -> None:
-        """Write and commit a checkpoint of the current step; nothing if there is one already."""
-        if self.saved_step == self.step:
+        """Wait until the state of the current step is committed. A collective.
+
+        Raises:
+            NotSaved: it was tried for `checkpoint.retry_minutes`.
+        """
+        pause, give_up = 1.0, time.monotonic() + 60 * self.run.checkpoint.retry_minutes
+        while True:
+            self._note(self.saver.finish(self._alive))
+            if self.saved_step == self.step:
+                return
+            self._begin_save()
+            outcome = self.saver.finish(self._alive)
+            self._note(outcome)
+            if outcome is None or not outcome.problem:
+                return
+            if self._agree(time.monotonic() > give_up):
+                raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}")
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def _save_in_background(self, wishes: Wishes) -> None:
+        if not self.saver.busy and not wishes.save:
             return
         start = time.perf_counter()
-        directory = checkpoint.step_directory(self.run.run_dir, self.step)
-        if self.rank == 0:
-            remove_tree(directory)  # left by an attempt that died while saving, or damaged
-        self.engine.barrier()
-        part = checkpoint.write_rank(directory, self.rank, self.engine.fragments(owned=True))
-        parts = self.engine.gather_objects(part)
-        ids = self.engine.gather_rows(torch.from_numpy(stack_steps(self.uncommitted))).numpy()
-        if self.rank == 0:
-            self._commit(directory, parts, ids)
-            self._event("commit", step=self.step, seconds=time.perf_counter() - start)
-        self.engine.barrier()
+        self._note(self.saver.advance(wishes.busy, wishes.failed))
+        if wishes.save and not self.saver.busy and self.saved_step != self.step:
+            self._begin_save()
+            if not self.run.checkpoint.background:
+                self._note(self.saver.finish(self._alive))
         self.save_seconds += time.perf_counter() - start
-        self.uncommitted.clear()
-        self.saved_step, self.saved_time = self.step, time.monotonic()
 
-    def _commit(self, directory: UPath, parts: list[Any], ids: Ids) -> None:
-        """Rank 0: the ledger's lines, then the index, then retention. ids: [world, steps, slots]."""
+    def _begin_save(self) -> None:
+        """Take a snapshot of this step and start writing it. A collective."""
+        everyone = self.engine.gather_rows(torch.from_numpy(stack_steps(self.uncommitted))).numpy()
+        directory = checkpoint.step_directory(self.run.run_dir, self.step)
+        self.saver.begin(self.step, directory, partial(self._commit, self._index(), everyone))
+        self.times.begun()
+
+    def _note(self, outcome: Outcome | None) -> None:
+        """What follows from the end of a save."""
+        if outcome is None:
+            return
+        if outcome.problem:
+            self._event("save_failed", step=outcome.step, reason=outcome.problem)
+        else:
+            del self.uncommitted[: outcome.step - max(0, self.saved_step)]
+            self.saved_step = outcome.step
+            self._event("commit", step=outcome.step, seconds=outcome.seconds, stall_s=outcome.stall)
+        if (reasoning := self.times.ended(outcome)) and self.rank == 0:
+            self._event("save_interval", **reasoning)
+
+    def _index(self) -> checkpoint.Index:
+        """The index of this step, but for what the ranks will have written."""
+        return checkpoint.Index(
+            step=self.step,
+            position=consumed(self.run.batch, self.step),
+            data_fingerprint=self.data.fingerprint,
+            config=self.run.model_dump(mode="json"),
+            world_size=self.world_size,
+            zero_stage=self.run.train.zero_stage,
+            attempt=self.attempt,
+            scalars=self.engine.scalars(),
+            parameters={n: list(s) for n, s in gpt2.parameter_shapes(self.engine.model_config).items()},
+            files=[],
+            fragments=[],
+        )
+
+    def _commit(self, index: checkpoint.Index, ids: Ids, written: Written) -> None:
+        """Rank 0, in the background: the ledger's lines, then the index, then retention. ids: [world, steps, slots]."""
         starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
-        first = self.step - ids.shape[1]
-        data = self.data.fingerprint
+        data = index.data_fingerprint
+        first = index.step - ids.shape[1]
         self.ledger.append(
             *(
-                ledger.entry(self.run, first + i, ids[:, i], self.world_size, self.attempt, data)
-                for i in range(ids.shape[1])
+                ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, data)
+                for step in range(max(first, self.ledger_end), index.step)
             )
         )
+        self.ledger_end = index.step
         self.ledger.sync()
         self.metrics.sync()
-        checkpoint.commit(
-            directory,
-            checkpoint.Index(
-                step=self.step,
-                position=position(self.run.batch, self.step),
-                data_fingerprint=self.data.fingerprint,
-                config=self.run.model_dump(mode="json"),
-                world_size=self.world_size,
-                zero_stage=self.run.train.zero_stage,
-                attempt=self.attempt,
-                scalars=self.engine.scalars(),
-                parameters={n: list(s) for n, s in gpt2.parameter_shapes(self.engine.model_config).items()},
-                files=[file for file, _ in parts],
-                fragments=[f for _, table in parts for f in table],
-            ),
-        )
+        index = index.model_copy(update={"files": written.files, "fragments": written.fragments})
+        checkpoint.commit(written.directory, index)
         checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _open_attempt(self) -> None:
-        """Drop what earlier attempts logged but did not commit, and log the start of this one."""
+        """Drop what earlier attempts left but did not commit, and log the start of this one."""
         if self.rank == 0:
+            checkpoint.clear_unfinished(self.run.run_dir)
             attempts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
             self.attempt = max(attempts, default=0) + 1
             self.ledger.keep(lambda line: bool(line["step"] < self.step))
@@ -294,19 +393,60 @@ class Trainer:
                 world_size=self.world_size,
                 zero_stage=self.run.train.zero_stage,
                 redone_steps=len(redone),
+                redone_s=sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
             )
         self.attempt = self._agree(self.attempt)
+        self.saver = Saver(self.engine, self.attempt)
+        self.saver.prepare()
+        before = [row["loss"] for row in self.metrics.tail()][-divergence.WINDOW :] if self.rank == 0 else []
+        train = self.run.train
+        self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
+        self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
+        self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
 
     # ------------------------------------------------------------------ small things
 
     def _epochs(self) -> dict[str, float]:
         """How often each data set has been gone through."""
-        epochs = SampleOrder(self.run, self.data).epochs(position(self.run.batch, self.step))
+        epochs = SampleOrder(self.run, self.data).epochs(consumed(self.run.batch, self.step))
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
-    def _stop_if_not_finite(self) -> None:
-        if len(self.skipped) < self.run.train.max_skipped:
-            return
+    def _diverged(self, metrics: dict[str, Any]) -> bool:
+        """Look at a step's loss and gradients; True: the group has to go back to an earlier checkpoint."""
+        train = self.run.train
+        if not train.rewind:
+            if len(self.skipped) >= train.max_skipped:
+                self._give_up()
+            return False
+        if not self.divergence.add(metrics["loss"], "skipped" not in metrics):
+            return False
+        self.saver.finish(self._alive)
+        first = self.step - train.rewind_after
+        numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
+        ranges = list(positions(*numbers, self.run.data.skip))
+        if self._agree(len(rundir.rewinds(self.events.read())) if self.rank == 0 else 0) >= train.max_rewinds:
+            raise Diverged(
+                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
+                "(their samples are in events.jsonl)"
+            )
+        if self.rank == 0:
+            ids = SampleOrder(self.run, self.data).samples(*numbers)
+            split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
+            self._event(
+                "rewind",
+                attempt=self.attempt,
+                steps=[first, self.step],
+                losses=[row["loss"] for row in self.metrics.tail()[-train.rewind_after :]],
+                positions=ranges,
+                samples=ids.tolist(),
+                documents=documents_of(split, ids, NAMED_DOCUMENTS),
+            )
+            self.events.sync()
+        self.engine.barrier()
+        return True
+
+    def _give_up(self) -> None:
+        """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
         ids = self.engine.gather_rows(torch.from_numpy(stack_steps(list(self.skipped.values())))).numpy()
         samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
         steps = list(self.skipped)
@@ -316,26 +456,61 @@ class Trainer:
             f"{first} (all of them are in events.jsonl)"
         )
         self._event("non_finite", steps=steps, samples=samples, cause=cause)
-        raise NonFiniteGradients(cause)
+        raise Diverged(cause)
 
-    def _count_skipped(self) -> int:
+    def _skipped(self) -> int:
         """Skipped steps of the whole run; rank 0 only."""
         if self.rank:
             return 0
         self.metrics.flush()
         return sum("skipped" in line for line in self.metrics.read())
 
-    def _wants_stop(self) -> float:
-        now = time.monotonic()
-        if self.rank or now < self.look_for_stop:
-            return 0.0
-        self.look_for_stop = now + (0.0 if is_local(self.stop_file) else STOP_POLL_S)
-        return float(exists(self.stop_file))
+    def _wishes(self) -> list[float]:
+        """This rank's part of `Wishes`; rank 0 speaks for all, but each has its own save."""
+        if self.rank:
+            return [0.0, 0.0, 0.0, 0.0, *self.saver.status()]
+        now = time.time()
+        ask = now >= self.next_ask
+        return [
+            self._request(),
+            float(now >= self.leave_at),
+            float(self.times.due(self.step + 1)),
+            float(ask),
+            *self.saver.status(),
+        ]
 
-    def _wants_save(self) -> float:
-        minutes = self.run.checkpoint.every_minutes
-        due = minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
-        return float(self.rank == 0 and due)
+    def _request(self) -> float:
+        now = time.monotonic()
+        if now < self.look_for_request:
+            return 0.0
+        self.look_for_request = now + (0.0 if is_local(location(self.run.run_dir)) else REQUEST_POLL_S)
+        return {"": 0.0, rundir.STOP: 1.0, rundir.RESIZE: 2.0}[rundir.requested(self.run.run_dir)]
+
+    def _look_for_notice(self, step_seconds: float) -> None:
+        """Ask for a preemption notice; on a new one, decide what is still worth doing. A collective."""
+        self.next_ask = time.time() + NOTICE_POLL_S
+        notice = self.ask_notice()
+        if notice is None or notice == self.notice:
+            return
+        self.notice = notice
+        if self.rank:
+            return
+        now = time.time()
+        need = self.saver.estimate(self.saver.bytes)
+        what = plan(notice, now, need, step_seconds)
+        self.leave_at = what.leave_at if what.action != "lost" else float("inf")
+        if what.action == "save":
+            self.times.ask()
+        self._event(
+            "preemption",
+            ranks=list(notice.ranks),
+            nodes=list(notice.nodes),
+            seconds_left=None if notice.deadline is None else notice.deadline - now,
+            save_takes_s=need,
+            action=what.action,
+            saved_step=max(0, self.saved_step),
+            step=self.step,
+        )
 
     def _to_device(self, tokens: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
@@ -347,10 +522,16 @@ class Trainer:
         """Rank 0's value, on every rank."""
         return self.engine.gather_objects(value)[0]
 
+    def _alive(self) -> None:
+        self.watchdog.beat(self.step)
+
     def _log(self, metrics: dict[str, Any]) -> None:
         if self.rank == 0:
-            self.metrics.append(metrics)
+            self.metrics.try_append(metrics)
+            if "val_loss" in metrics:
+                with contextlib.suppress(StorageError):  # it goes with the next ones
+                    self.metrics.flush()
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.rank == 0:
-            self.events.append({"time": time.time(), "event": event, **fields})
+            self.events.try_append({"time": time.time(), "event": event, **fields})

@@ -14,7 +14,7 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import position
+from gpt2dist.data.order import consumed
 from gpt2dist.model import gpt2
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.optim import adamw, learning_rate
@@ -221,7 +221,7 @@ def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callabl
     lines = rundir.ledger_log(run.run_dir).read()
     result = ledger.audit(run, Mixture.open(run), lines, jobs.committed_step(run))
     assert result.clean
-    assert result.samples == position(run.batch, 20)
+    assert result.samples == consumed(run.batch, 20)
     assert result.attempts == len(legs)
     assert {line["world_size"] for line in lines} == {1, 2, 3}
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.order import position
+from gpt2dist.data.order import consumed
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
 from tests.distributed import jobs
@@ -95,7 +95,7 @@ def assert_audit(gpt2dist: Run, run: RunConfig, steps: int) -> None:
     done = gpt2dist("audit", run.run_dir, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
-    assert (result["steps"], result["samples"]) == (steps, position(run.batch, steps))
+    assert (result["steps"], result["samples"]) == (steps, consumed(run.batch, steps))
     assert (result["duplicates"], result["gaps"], result["skipped"]) == (0, 0, 0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.order import position
+from gpt2dist.data.order import consumed
 from gpt2dist.model.gpt2 import GPT2
 from gpt2dist.train import checkpoint
 from gpt2dist.train.checkpoint import Index
@@ -42,7 +42,7 @@ def save_run(
         parts.append(checkpoint.write_rank(directory, rank, fragments))
     index = Index(
         step=step,
-        position=position(run.batch, step),
+        position=consumed(run.batch, step),
         data_fingerprint=fingerprint,
         config=run.model_dump(mode="json"),
         world_size=ranks,

@@ -1,0 +1,91 @@
+"""When to save: by steps, by minutes, or at the interval that loses least; and again later after a failure."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gpt2dist.config import CheckpointSection
+from gpt2dist.train.interval import young_daly
+from gpt2dist.train.saver import Outcome, Saver
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+"""After a save that failed, doubled each time."""
+WRITES_APART = 10
+"""The automatic interval is at least this many times as long as a save takes to be written."""
+
+
+class SaveTimes:
+    """Rank 0's clock. `due` is asked after every step."""
+
+    def __init__(self, config: CheckpointSection, saver: Saver, events: list[dict[str, Any]]) -> None:
+        """events: of the run so far, from which the time between failures is estimated."""
+        self.config, self.saver = config, saver
+        self._began = time.monotonic()  # when the newest save began
+        self._asked = False
+        self._pause, self._not_before = FIRST_PAUSE_S, 0.0
+        self._failures = sum(e["event"] in ("failure", "preemption") for e in events)
+        self._seconds_before = running_seconds(events)
+        self._start = self._began
+        self.interval = self._interval()["seconds"]
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` steps; stays so until `begun`."""
+        if self.config.every_steps and step % self.config.every_steps == 0:
+            self._asked = True
+        now = time.monotonic()
+        by_time = 0 < self.interval <= now - self._began
+        return (self._asked or by_time) and now >= self._not_before
+
+    def ask(self) -> None:
+        """Save as soon as possible."""
+        self._asked, self._not_before = True, 0.0
+
+    def begun(self) -> None:
+        """A save has begun."""
+        self._asked, self._began = False, time.monotonic()
+
+    def ended(self, outcome: Outcome) -> dict[str, Any] | None:
+        """Take a save's outcome into account; returns the reasoning where the automatic interval changed by a fifth."""
+        if outcome.problem:
+            self._asked = True
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+            return None
+        self._pause = FIRST_PAUSE_S
+        if self.config.every_minutes != "auto":
+            return None
+        new = self._interval()
+        if abs(new["seconds"] - self.interval) < 0.2 * self.interval:
+            return None
+        self.interval = new["seconds"]
+        return new
+
+    def _interval(self) -> dict[str, float]:
+        minutes = self.config.every_minutes
+        if minutes != "auto":
+            return {"seconds": 60 * minutes}
+        write = self.saver.estimate(self.saver.bytes)
+        stall = max(self.saver.stalls, default=write / 20)
+        # What is not known yet counts as one failure in checkpoint.mtbf_hours.
+        seconds = self._seconds_before + time.monotonic() - self._start
+        mtbf = (seconds + 3600 * self.config.mtbf_hours) / (self._failures + 1)
+        best = young_daly(stall, mtbf)
+        return {
+            "seconds": max(best, WRITES_APART * write),
+            "young_daly_s": best,
+            "stall_s": stall,
+            "write_s": write,
+            "mtbf_s": mtbf,
+            "failures": self._failures,
+        }
+
+
+def running_seconds(events: list[dict[str, Any]]) -> float:
+    """Seconds in which some attempt was under way, to the precision of the events' times."""
+    total, last = 0.0, None
+    for event in events:
+        if last is not None and event["event"] != "launch":
+            total += max(0.0, event["time"] - last)
+        last = None if event["event"] in ("launch", "end", "failure") else event["time"]
+    return total
