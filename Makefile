@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup smoke demo test test-slow test-s3 check bench docs clean
+.PHONY: setup smoke demo test test-slow test-s3 check dist bench docs clean
 
 setup: $(VENV)/.installed  ## make .venv with gpt2dist and all that its tests need
 
@@ -37,6 +37,11 @@ check: setup  ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+dist: setup  ## build/cluster: the wheel and the versions that cluster.yaml and jobs/kuberay/Dockerfile install
+	@rm -rf build/cluster build/lib && mkdir -p build/cluster
+	@$(PIP) wheel --no-deps --wheel-dir build/cluster .
+	@cp constraints.txt build/cluster/ && ls build/cluster
 
 bench: setup  ## every performance figure, each a ratio measured in one run; writes build/bench.json
 	@$(BIN)/python -m tests.bench

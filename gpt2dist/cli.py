@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
 
 from gpt2dist import __version__
+from gpt2dist.commands.cluster import cluster
+from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.jobs import jobs, submit
+from gpt2dist.commands.plan import plan
 from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
 from gpt2dist.report.console import make_console
 
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors that a user can mend into one line."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except UserError as e:
-            _fail(str(e), 2)
-
-    return run
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
-
-
-set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
 precision_option = click.option(
@@ -65,6 +47,12 @@ def main() -> None:
     """
 
 
+main.add_command(cluster)
+main.add_command(plan)
+main.add_command(submit)
+main.add_command(jobs)
+
+
 @main.command()
 @click.argument("run_file", type=click.Path())
 @set_option
@@ -79,6 +67,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
       gpt2dist prepare jobs/smoke.toml --set 'prepare.sources=["texts/*.jsonl"]'
     """
     run = load_run(run_file, overrides)
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.data.prepare import is_up_to_date
     from gpt2dist.data.prepare import prepare as run_prepare
@@ -198,6 +187,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     if dry_run:
         _dry_run(run, as_json)
         return
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
     from gpt2dist.storage import acquire_lock, log_directory
@@ -223,16 +213,16 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
-            with _stop_signals(console) as stop, ray_session(cpus, gpus, address):
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
                 job = launch.TrainJob(run)
-                stop.append(job.request_stop)
+                on_stop(job.request_stop)
                 live.follow(run, console, job.done, started)
                 try:
                     job.check()
                 except launch.TrainingFailed as e:
                     failure = e
         if failure:
-            _fail(f"training failed: {failure}; log: {log}", 1)
+            fail(f"training failed: {failure}; log: {log}", 1)
     if lock:
         lock.release()
     if as_json:
@@ -241,15 +231,22 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         tables.finished(make_console(), run, time.time() - started, run_file)
 
 
+def _check_in_a_job(run: RunConfig, run_file: str) -> None:
+    from gpt2dist.cluster.jobs import IN_A_JOB, check_places
+
+    if IN_A_JOB in os.environ:
+        check_places(run, run_file)
+
+
 def _dry_run(run: RunConfig, as_json: bool) -> None:
-    from gpt2dist.cluster import plan
+    from gpt2dist.cluster.plan import arithmetic, memory
     from gpt2dist.report import tables
 
-    numbers, memory = plan.arithmetic(run), plan.memory(run)
+    numbers, parts = arithmetic(run), memory(run)
     if as_json:
-        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": memory}))
+        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": parts}))
     else:
-        tables.dry_run(make_console(), run, numbers, memory)
+        tables.dry_run(make_console(), run, numbers, parts)
 
 
 def _outcome(run: RunConfig) -> dict[str, Any]:
@@ -268,8 +265,8 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console) -> Any:
-    """First SIGINT or SIGTERM: call what is in the yielded list (save and end). Second: exit at once."""
+def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """First SIGINT or SIGTERM: do what was given to the yielded function (save and end). Second: exit at once."""
     actions: list[Callable[[], None]] = []
     seen: list[int] = []
 
@@ -281,9 +278,14 @@ def _stop_signals(console: Console) -> Any:
         for action in actions:
             action()
 
+    def on_stop(action: Callable[[], None]) -> None:
+        actions.append(action)
+        for number in previous:  # once more: Ray, which has started meanwhile, puts its own in the place of SIGTERM's
+            signal.signal(number, handle)
+
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield actions
+        yield on_stop
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -320,7 +322,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     try:
         verdict = arena.compare(run, [f.strip() for f in faults.split(",")], seed, console.print)
     except (arena.ChaosError, NodeFailed) as e:
-        _fail(str(e), 1)
+        fail(str(e), 1)
     picture = Path(f"{verdict.run_dir}.png")
     curves.draw(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
     if as_json:
@@ -493,7 +495,7 @@ def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None
                 return evaluation.on_ray(request, workers, cpus, gpus)
             except TrainingFailed as e:
                 failure = e
-    _fail(f"evaluation failed: {failure}; log: {log}", 1)
+    fail(f"evaluation failed: {failure}; log: {log}", 1)
 
 
 @main.command()

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,6 +31,9 @@ class Section(BaseModel):
     """Base of all sections: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class PrepareSection(Section):
@@ -322,6 +325,8 @@ class ClusterSection(Section):
     """CPUs that Ray reserves for a worker; also its threads."""
     gpus_per_worker: float = Field(default=0, ge=0, le=1)
     """1 trains on CUDA with NCCL, 0 on the CPU with gloo."""
+    accelerator: str = ""
+    """Train only on machines with these GPUs, by Ray's name (`A100`, `H100`, `L4`, …); by default on any."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts of the worker group after failures in a row with no checkpoint between them; -1 is without limit.
     Machines that are taken away with notice do not count."""
@@ -338,6 +343,12 @@ class ClusterSection(Section):
         if len(both) != 2 or not all(type(n) is int and n >= 1 for n in both) or both[0] > both[1]:
             raise ValueError(f"a number of workers, or [min, max], got {json.dumps(workers, default=str)}")
         return tuple(both) if isinstance(workers, (list, tuple)) else workers
+
+    @model_validator(mode="after")
+    def _accelerator_is_used(self) -> ClusterSection:
+        if self.accelerator and not self.gpus_per_worker:
+            raise ValueError(f'accelerator = "{self.accelerator}" needs gpus_per_worker = 1')
+        return self
 
     @property
     def min_workers(self) -> int:
@@ -443,23 +454,32 @@ def load_run(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not TOML, or a key is unknown, missing or of the wrong type.
     """
+    return parse_toml(read_file(path), str(path), overrides)
+
+
+def read_file(path: str | Path) -> bytes:
+    """A local file that the user named. Raises `UserError`."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
-    return parse_toml(data, str(path), overrides)
 
 
-def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+def parse_table(data: bytes, source: str) -> dict[str, Any]:
+    """The table of a TOML file's content; `source` names it in error messages. Raises `UserError`."""
     try:
-        table = tomllib.loads(data.decode())
+        return tomllib.loads(data.decode())
     except UnicodeDecodeError as e:
         raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{source}: not valid TOML: {e}") from None
+
+
+def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+    table = parse_table(data, source)
     for override in overrides:
         _apply_override(table, override)
     return parse_run(table, source)
@@ -467,12 +487,17 @@ def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> Run
 
 def parse_run(table: dict[str, Any], source: str) -> RunConfig:
     """Validate a table; `source` names it in error messages. Raises `UserError`."""
+    return validate(RunConfig, table, source)
+
+
+def validate(model: type[S], table: dict[str, Any], source: str) -> S:
+    """A section of a table; `source` names the table in error messages. Raises `UserError`."""
     try:
-        return RunConfig.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as e:
         problems = e.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
+        raise UserError(f"{source}: {_explain(model, problems[0])}{more}") from None
 
 
 def _absolute(location: str) -> str:
@@ -495,15 +520,18 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[path[-1]] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(model: type[Section], problem: Any) -> str:
     """One line for one pydantic error: the key, what is wrong, the nearest valid name."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     kind = problem["type"]
     if kind == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = model
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            if hasattr(section, "model_fields"):
+                section = section.model_fields[part].annotation
+            else:  # a table of sections, dict[str, Section]
+                section = get_args(section)[1]
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         where = f"in [{'.'.join(location[:-1])}]" if location[:-1] else "at the top level"
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"

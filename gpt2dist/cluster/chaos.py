@@ -27,7 +27,6 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.storage import is_local, location
 from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.launch import with_rewinds
 
 POLL_S = 0.2
 QUIET_START, QUIET_END = 0.1, 0.9
@@ -368,7 +367,7 @@ def judge(reference: RunConfig, broken: RunConfig, faults: list[Injected]) -> Ve
     differences = [abs(losses[0][s] - losses[1].get(s, math.inf)) for s in losses[0]]
     events = rundir.events_log(broken.run_dir).read()
     starts = [e for e in events if e["event"] == "start"]
-    resolved = with_rewinds(broken, events)
+    resolved = rundir.with_rewinds(broken, events)
     found = checkpoint.newest(broken.run_dir)
     lines = rundir.ledger_log(broken.run_dir).read()
     audit = ledger.audit(resolved, Mixture.open(resolved), lines, found.index.step if found else 0)

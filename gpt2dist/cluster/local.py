@@ -6,13 +6,14 @@ To try out what only several nodes can show, and to break them: a node can be ki
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ from pathlib import Path
 
 import psutil
 
+from gpt2dist.cluster.scratch import temporary_directory
+
 START_S = 60.0
 """How long a node may take to start."""
 STORE_BYTES = 200 << 20
 NETWORK = "127.0.1"
 """Loopback addresses of the nodes; Ray takes 127.0.0.1 for another name of the machine's outer address."""
+PR_SET_PDEATHSIG = 1
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -69,7 +73,7 @@ class LocalCluster:
 
     def __init__(self, head_cpus: float = 0, dashboard: bool = False) -> None:
         """Raises `NodeFailed`."""
-        self.directory = Path(tempfile.mkdtemp(prefix="g2d-", dir="/tmp" if os.path.isdir("/tmp") else None))
+        self.directory = Path(temporary_directory())
         self.port = free_port()
         self.dashboard_port = free_port() if dashboard else 0
         self.address = f"{NETWORK}.1:{self.port}"
@@ -79,10 +83,12 @@ class LocalCluster:
         token.write_text(secrets.token_hex(32))
         self._env = {
             **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # of `python` in a job
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         }
         self._env.pop("RAY_ADDRESS", None)
@@ -127,12 +133,15 @@ class LocalCluster:
         command += [
             "--min-worker-port=0",
             "--max-worker-port=0",
+            f"--dashboard-agent-listen-port={free_port()}",  # through which jobs go; Ray's default is one for all
             "--disable-usage-stats",
             f"--node-ip-address={address}",
         ]
         with log.open("wb") as out:
             env = {**self._env, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_}
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_us
+            )
         node = Node(name, address, id_, process)
         end = time.monotonic() + START_S
         while "Ray runtime started" not in (text := log.read_text(errors="replace")):
@@ -143,6 +152,12 @@ class LocalCluster:
                 raise NodeFailed(f"{name} did not start: {last[0]}")
             time.sleep(0.1)
         return node
+
+
+def _die_with_us() -> None:
+    """Linux: the node gets a SIGTERM when this process dies, and then ends its children."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -63,18 +63,25 @@ def memory(run: RunConfig) -> dict[str, int]:
     if run.optim.ema_decay:
         parts["averaged weights"] = 4 * share[1]
     if run.train.offload_optimizer and not on_cpu:
-        parts |= dict.fromkeys(parts.keys() & {"master weights", "Adam moments", "averaged weights"}, 0)
+        parts |= {"master weights": 0, "gradients": 0, "Adam moments": 0}
+        parts |= {"averaged weights": 0} if run.optim.ema_decay else {}
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
-    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored.
-    activations = 17 * low * config.n_embd * config.n_layer * tokens
+    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored. With
+    # checkpointing the input of each block, and later all of the one that is computed again.
+    block = 17 * low * config.n_embd * tokens
+    checkpointing = run.train.activation_checkpointing
+    activations = config.n_layer * (block // 17 if checkpointing else block)
     # Once, their gradient taking their place; of some rows at a time twice in fp32 (model/loss.py).
     rows = min(tokens, ROWS["cpu" if on_cpu else "cuda"])
     logits = (low * tokens + 8 * rows) * config.padded_vocab_size
     table = low * config.padded_vocab_size * config.n_embd  # a gradient of the embedding table
     bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
-    loss = {"activations": activations, "logits": logits, "gradient of the table": table}
+    moments = [{"activations": activations, "logits": logits, "gradient of the table": table}]  # the loss
+    if checkpointing:
+        activations += block
+        moments.append({"activations": activations, "gradient of the table": table})
     reduce: dict[str, int] = {}
     if stage == 1:
         reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
@@ -84,7 +91,8 @@ def memory(run: RunConfig) -> dict[str, int]:
         reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 3 * table, "activations": activations}
     if stage:
         reduce["bucket"] = 4 * bucket
-    parts |= loss if sum(loss.values()) > sum(reduce.values()) else reduce
+    sizes = [sum(moment.values()) for moment in [*moments, reduce]]
+    parts |= [*moments, reduce][sizes.index(max(sizes))]
     if on_cpu and world > 1:
         # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
         parts["collectives"] = world * 66 * 2**20

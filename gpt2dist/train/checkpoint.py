@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -339,7 +339,7 @@ def verify(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> None:
             raise BadCheckpoint(f"{checkpoint.path / f.file}: content differs from its sha256")
 
 
-def check_fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raises `UserError` where the checkpoint's parameters are not those of the model."""
     saved = {name: tuple(shape) for name, shape in checkpoint.index.parameters.items()}
     for name in [*shapes, *saved]:

@@ -95,7 +95,7 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
             "of another kind; choose another name for a new run"
         )
-    _check_same_order(with_rewinds(run, rundir.events_log(run.run_dir).read()), found.index, source)
+    _check_same_order(rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()), found.index, source)
     return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
 
 
@@ -196,7 +196,7 @@ class TrainJob:
 
     def _resolve(self) -> None:
         """Leave out what rewinds have left out, and write the resolved configuration."""
-        self.run = with_rewinds(self.run, self._events.read())
+        self.run = rundir.with_rewinds(self.run, self._events.read())
         publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
 
     def _saved_step(self) -> int:
@@ -214,7 +214,7 @@ class TrainJob:
 
     def _worker_group(self, scratch: UPath) -> TorchTrainer:
         run = self.run
-        gpus = run.cluster.gpus_per_worker
+        gpus, accelerator = run.cluster.gpus_per_worker, run.cluster.accelerator
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         # Ray's own bookkeeping is used once and thrown away, and so is its count of failures: resuming is ours.
         return TorchTrainer(
@@ -225,6 +225,7 @@ class TrainJob:
                 num_workers=run.cluster.workers,
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
+                label_selector={"ray.io/accelerator-type": accelerator} if accelerator else None,
                 elastic_resize_monitor_interval_s=run.cluster.resize_interval_s,
             ),
             run_config=RayRunConfig(
@@ -236,13 +237,6 @@ class TrainJob:
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),
         )
-
-
-def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
-    """The run with what its rewinds have left out in `data.skip`, beside what the run file leaves out."""
-    found = {(first, end) for event in rundir.rewinds(events) for first, end in event["positions"]}
-    data = run.data.model_copy(update={"skip": sorted({*run.data.skip, *found})})
-    return run.model_copy(update={"data": data})
 
 
 def _is_preemption(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpt2dist.config import RunConfig
 from gpt2dist.storage import JsonLines, location, publish, read_bytes, remove
 
 REQUEST_FILE = "request"
@@ -37,6 +38,13 @@ def events_log(run_dir: str) -> JsonLines:
 def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rewinds of a run: what each left out stays out for ever."""
     return [event for event in events if event["event"] == "rewind"]
+
+
+def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
+    """The run with what its rewinds have left out in `data.skip`, beside what the run file leaves out."""
+    found = {(first, end) for event in rewinds(events) for first, end in event["positions"]}
+    data = run.data.model_copy(update={"skip": sorted({*run.data.skip, *found})})
+    return run.model_copy(update={"data": data})
 
 
 def request(run_dir: str, what: str) -> None:

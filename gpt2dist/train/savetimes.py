@@ -6,13 +6,11 @@ import time
 from typing import Any
 
 from gpt2dist.config import CheckpointSection
-from gpt2dist.train.interval import young_daly
+from gpt2dist.train.interval import WRITES_APART, young_daly
 from gpt2dist.train.saver import Outcome, Saver
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """After a save that failed, doubled each time."""
-WRITES_APART = 10
-"""The automatic interval is at least this many times as long as a save takes to be written."""
 
 
 class SaveTimes:

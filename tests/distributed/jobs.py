@@ -15,7 +15,6 @@ from gpt2dist.model import gpt2
 from gpt2dist.train import rundir
 from gpt2dist.train.checkpoint import newest
 from gpt2dist.train.engine import Engine
-from gpt2dist.train.launch import with_rewinds
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.trainer import Diverged, Trainer
 
@@ -150,7 +149,7 @@ def train_with_bad_samples(run: RunConfig, bad: list[int]) -> list[str]:
     """Train to the end with NaN embeddings wherever a rank's samples are among the `bad` ones; how each group ended."""
     ends: list[str] = []
     while not ends or ends[-1] == "rewound":
-        run = with_rewinds(run, rundir.events_log(run.run_dir).read())
+        run = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read())
         engine = Engine(run, torch.device("cpu"))
         trainer = Trainer(run, engine)
         trainer.restore()

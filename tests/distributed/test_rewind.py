@@ -13,7 +13,7 @@ from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
 from gpt2dist.train import ledger, rundir
 from gpt2dist.train.checkpoint import newest
-from gpt2dist.train.launch import preflight, with_rewinds
+from gpt2dist.train.launch import preflight
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 from tests.distributed.test_engine import logged
@@ -38,7 +38,7 @@ def test_bad_samples_are_left_out_and_named(ranks: Ranks, make_data: Callable[..
     clean = tiny_run(name="clean", storage=str(tmp_path), data__skip=[[14, 30]], **changes)
     ranks(jobs.train_runs, 2, [clean])
     assert logged(run) == logged(clean)
-    resolved = with_rewinds(run, rundir.events_log(run.run_dir).read())
+    resolved = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read())
     found = newest(run.run_dir)
     assert found is not None
     audit = ledger.audit(resolved, Mixture.open(run), rundir.ledger_log(run.run_dir).read(), found.index.step)

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 # From the top down. A module belongs to the longest prefix that fits.
 LAYERS = [
     ["gpt2dist.cli", "gpt2dist.__main__"],
+    ["gpt2dist.commands"],
     ["gpt2dist.cluster", "gpt2dist.report", "gpt2dist.train.launch", "gpt2dist.train.evaluation"],
     ["gpt2dist.train.worker", "gpt2dist.data.prepare"],
     ["gpt2dist.train.trainer", "gpt2dist.train.saved", "gpt2dist.data.stream"],
@@ -25,6 +26,7 @@ LAYERS = [
         "gpt2dist.train.profile",
         "gpt2dist.train.fragment",
         "gpt2dist.train.fragment_file",
+        "gpt2dist.train.interval",
         "gpt2dist.train.rundir",
     ],
     ["gpt2dist.model"],
