@@ -16,7 +16,7 @@ from tests.distributed import jobs
 def test_size_of_checkpoints_is_what_plan_says(
     ranks: Callable[..., list[Any]], make_data: Callable[..., str], tmp_path: Path
 ) -> None:
-    """To 1%, all files of the directory counted, at every stage, and with Muon, whose matrices have one moment, and an average."""
+    """To 1%, with all files of the directory: at every stage, with Muon (one moment for matrices), with an average."""
     changes: dict[str, Any] = {"model": {"n_layer": 4, "n_head": 2, "n_embd": 128}, "train__stop_at": 1}
     changes |= {"storage": str(tmp_path), "data__path": make_data([3000]), "eval__every_steps": 0}
     runs = [tiny_run(name=f"stage-{s}", train__zero_stage=s, **changes) for s in (0, 1, 2, 3)]
