@@ -199,7 +199,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         return
     _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
-    from gpt2dist.report import live, tables
+    from gpt2dist.cluster.waiting import Room
+    from gpt2dist.report import gauges, live, tables
     from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
 
@@ -227,7 +228,10 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
                 job = launch.TrainJob(run, STARTED, ready.changes)
                 on_stop(job.request_stop)
-                live.follow(run, console, job.done, started)
+                if url := gauges.scrape_url():
+                    console.print(f"metrics at {url}")
+                observe = gauges.Gauges(run.name, job.run.run_dir).update
+                live.follow(run, console, job.done, started, observe, Room(run).missing)
                 try:
                     job.check()
                 except launch.TrainingFailed as e:

@@ -1,0 +1,143 @@
+"""A fleet that comes when a run needs it: an empty cluster with Ray's autoscaler and the node types of cluster.yaml.
+
+Its provider makes nodes of processes on this machine; head, autoscaler and scheduling are the real ones.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from gpt2dist.cluster.local import LocalCluster
+from tests.conftest import ROOT, tiny_run
+from tests.ray.test_train import CLI, Run, assert_audit, events, steps_done, wait_for, write
+
+IDLE_S = 12.0
+
+
+def node_types(cluster: LocalCluster) -> dict[str, psutil.Process]:
+    """The worker nodes that run: their raylets by id; the head's is not among them."""
+    found = {}
+    for p in psutil.Process(cluster.head.process.pid).children(recursive=True):
+        try:
+            if p.name() == "raylet" and p.status() != psutil.STATUS_ZOMBIE:
+                env = p.environ()
+                if kind := env.get("RAY_NODE_TYPE_NAME"):
+                    found[f"{kind} {env['RAY_CLOUD_INSTANCE_ID'][-2:]}"] = p
+        except psutil.Error:
+            continue
+    return found
+
+
+@dataclass
+class Timeline:
+    """What was seen of nodes, and what the command said, with seconds since the beginning."""
+
+    cluster: LocalCluster
+    began: float = field(default_factory=time.monotonic)
+    lines: list[str] = field(default_factory=list)
+    nodes: set[str] = field(default_factory=set)
+
+    def say(self, text: str) -> None:
+        self.lines.append(f"{time.monotonic() - self.began:6.1f} s  {text}")
+        print(self.lines[-1], flush=True)
+
+    def read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout
+        for line in process.stdout:
+            self.say(f"train: {line.rstrip()}")
+
+    def look(self) -> set[str]:
+        now = set(node_types(self.cluster))
+        for name in sorted(now - self.nodes):
+            self.say(f"node {name} is there")
+        for name in sorted(self.nodes - now):
+            self.say(f"node {name} has gone")
+        self.nodes = now
+        return now
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Timeline]:
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # 8 processes a node, on 2 cores
+    file = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    with LocalCluster(autoscaling=file | {"idle_timeout_minutes": IDLE_S / 60}) as cluster:
+        yield Timeline(cluster)
+    left = [
+        p.cmdline()
+        for p in psutil.process_iter(["cmdline"])
+        if str(cluster.directory) in " ".join(p.info["cmdline"] or [])
+    ]
+    assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(460)
+def test_nodes_come_are_replaced_and_go(
+    fleet: Timeline, make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
+) -> None:
+    run = tiny_run(
+        storage=str(tmp_path),
+        data__path=make_data([30_000]),
+        train__steps=100_000,
+        checkpoint__every_steps=20,
+        cluster__cpus_per_worker=6,  # one on a machine of the type l4, which has 8
+    )
+    assert not fleet.look()
+    command = [*CLI, "train", str(write(run, tmp_path))]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=fleet.cluster.env, **pipes) as driver:
+        reader = threading.Thread(target=fleet.read, args=(driver,), daemon=True)
+        reader.start()
+        try:
+            wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 30))
+            assert driver.poll() is None
+            fleet.say(f"{steps_done(run)} steps done; killing a node")
+            victim = node_types(fleet.cluster)[min(fleet.nodes)]
+            for p in [*victim.children(recursive=True), victim]:
+                p.kill()
+            wait_for(lambda: fleet.look() and len(events(run, "start")) == 2)
+            wait_for(lambda: fleet.look() and steps_done(run) >= events(run, "start")[-1]["step"] + 30)
+            fleet.say(f"{steps_done(run)} steps done; stopping")
+            driver.terminate()
+            driver.wait(90)
+        finally:
+            driver.kill()
+    reader.join(10)
+    wait_for(lambda: not fleet.look(), IDLE_S + 60)
+    print("\n".join(fleet.lines))
+    assert_audit(gpt2dist, run, events(run, "end")[-1]["step"])
+
+
+@pytest.mark.timeout(300)
+def test_a_run_says_what_it_waits_for(make_data: Callable[..., str], tmp_path: Path) -> None:
+    """On a cluster whose nodes nobody starts but a person."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), cluster__cpus_per_worker=2)
+    printed = tmp_path / "printed"
+
+    def said(text: str) -> bool:
+        return text in printed.read_text()
+
+    with LocalCluster() as cluster, printed.open("wb") as out:
+        command = [*CLI, "train", str(write(run, tmp_path))]
+        driver = subprocess.Popen(command, stdout=out, stderr=out, env=cluster.env)
+        try:
+            wait_for(lambda: said("waiting for 2 workers of 2 CPUs: room for 0, no node fits; "), 60)
+            cluster.add_node(3)
+            wait_for(lambda: said("waiting for 2 workers of 2 CPUs: room for 1, the nodes are too few; "), 60)
+            cluster.add_node(3)
+            assert driver.wait(150) == 0, printed.read_text()
+        finally:
+            driver.kill()
+            driver.wait()
+    text = printed.read_text()
+    assert text.index("there is room for the workers") < text.index("attempt 1: 2 workers") < text.index("step 12/12")
