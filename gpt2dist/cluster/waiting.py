@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -86,14 +86,14 @@ class Room:
     def _why_nothing_starts(self, autoscaler: Any, ever: int) -> str:
         if ever >= self.workers:
             return "the nodes are busy with something else"
-        config = ray_state.get_cluster_config()
-        groups = [g for g in config.node_group_configs if g.max_count] if config else []
-        if not groups and not autoscaler.autoscaler_state_version:
+        if not autoscaler.autoscaler_state_version:
             return "the nodes are too few" if ever else "no node fits"
-        if not any(self._fit(g.resources) for g in groups):
-            have = "; ".join(f"{g.name}: {self._amount(g.resources)}" for g in groups)
-            return f"no node type is large enough ({have or 'there is none'})"
+        if any(self._wants_the_same(request) for request in _infeasible(autoscaler)):
+            return "the autoscaler has no node for them: too large, or its limits are reached"
         return "asked for more nodes"
+
+    def _wants_the_same(self, request: Any) -> bool:
+        return all(request.resources_bundle.get(name) == amount for name, amount in self.needs.items())
 
     @staticmethod
     def _amount(resources: Mapping[str, float]) -> str:
@@ -103,3 +103,11 @@ class Room:
             if resources.get(kind)
         )
         return " and ".join(parts) or "no CPU"
+
+
+def _infeasible(autoscaler: Any) -> Iterator[Any]:
+    """What the autoscaler cannot get: placement groups, and what Ray Train has asked for before it makes one."""
+    for gang in autoscaler.infeasible_gang_resource_requests:
+        yield from gang.requests
+    for constraint in autoscaler.infeasible_cluster_resource_constraints:
+        yield from (by_count.request for by_count in constraint.resource_requests)

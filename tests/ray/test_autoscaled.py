@@ -5,6 +5,8 @@ Its provider makes nodes of processes on this machine; head, autoscaler and sche
 
 from __future__ import annotations
 
+import contextlib
+import json
 import subprocess
 import threading
 import time
@@ -18,13 +20,14 @@ import pytest
 import yaml
 
 from gpt2dist.cluster.local import LocalCluster
+from gpt2dist.config import RunConfig
 from tests.conftest import ROOT, tiny_run
 from tests.ray.test_train import CLI, Run, assert_audit, events, steps_done, wait_for, write
 
 IDLE_S = 12.0
 
 
-def node_types(cluster: LocalCluster) -> dict[str, psutil.Process]:
+def raylets(cluster: LocalCluster) -> dict[str, psutil.Process]:
     """The worker nodes that run: their raylets by id; the head's is not among them."""
     found = {}
     for p in psutil.Process(cluster.head.process.pid).children(recursive=True):
@@ -57,7 +60,7 @@ class Timeline:
             self.say(f"train: {line.rstrip()}")
 
     def look(self) -> set[str]:
-        now = set(node_types(self.cluster))
+        now = set(raylets(self.cluster))
         for name in sorted(now - self.nodes):
             self.say(f"node {name} is there")
         for name in sorted(self.nodes - now):
@@ -80,42 +83,92 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Timeline]:
     assert not left
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(460)
-def test_nodes_come_are_replaced_and_go(
-    fleet: Timeline, make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
-) -> None:
-    run = tiny_run(
-        storage=str(tmp_path),
-        data__path=make_data([30_000]),
-        train__steps=100_000,
-        checkpoint__every_steps=20,
-        cluster__cpus_per_worker=6,  # one on a machine of the type l4, which has 8
-    )
-    assert not fleet.look()
-    command = [*CLI, "train", str(write(run, tmp_path))]
+@contextlib.contextmanager
+def training(fleet: Timeline, run_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """`gpt2dist train` on the fleet; what it prints is in the timeline."""
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=fleet.cluster.env, **pipes) as driver:
+    with subprocess.Popen([*CLI, "train", str(run_file)], env=fleet.cluster.env, **pipes) as driver:
         reader = threading.Thread(target=fleet.read, args=(driver,), daemon=True)
         reader.start()
         try:
-            wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 30))
-            assert driver.poll() is None
-            fleet.say(f"{steps_done(run)} steps done; killing a node")
-            victim = node_types(fleet.cluster)[min(fleet.nodes)]
-            for p in [*victim.children(recursive=True), victim]:
-                p.kill()
-            wait_for(lambda: fleet.look() and len(events(run, "start")) == 2)
-            wait_for(lambda: fleet.look() and steps_done(run) >= events(run, "start")[-1]["step"] + 30)
-            fleet.say(f"{steps_done(run)} steps done; stopping")
-            driver.terminate()
-            driver.wait(90)
+            yield driver
         finally:
             driver.kill()
-    reader.join(10)
+            reader.join(10)
+
+
+def stop(driver: subprocess.Popen[str]) -> None:
+    driver.terminate()
+    assert driver.wait(90) == 0
+
+
+def one_a_node(tmp_path: Path, data: str, **changes: Any) -> RunConfig:
+    """A run with one worker on a machine of the type l4, which has 8 CPUs."""
+    where = {"storage": str(tmp_path), "data__path": data}
+    return tiny_run(**where, train__steps=100_000, checkpoint__every_steps=20, cluster__cpus_per_worker=6, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(470)
+def test_nodes_come_are_replaced_and_go(
+    fleet: Timeline, make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
+) -> None:
+    run = one_a_node(tmp_path, make_data([30_000]))
+    assert not fleet.look()
+    with training(fleet, write(run, tmp_path)) as driver:
+        wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 30))
+        assert driver.poll() is None
+        time.sleep(20)  # Ray Data asks for more every 10 s, if it may
+        assert len(fleet.look()) == 2  # the stream takes what the workers leave of them
+        fleet.say(f"{steps_done(run)} steps done; killing a node")
+        victim = raylets(fleet.cluster)[min(fleet.nodes)]
+        for p in [*victim.children(recursive=True), victim]:
+            p.kill()
+        wait_for(lambda: fleet.look() and len(events(run, "start")) == 2)
+        wait_for(lambda: fleet.look() and steps_done(run) >= events(run, "start")[-1]["step"] + 30)
+        assert len(fleet.nodes) == 2
+        fleet.say(f"{steps_done(run)} steps done; stopping")
+        stop(driver)
     wait_for(lambda: not fleet.look(), IDLE_S + 60)
-    print("\n".join(fleet.lines))
     assert_audit(gpt2dist, run, events(run, "end")[-1]["step"])
+    assert [e["world_size"] for e in events(run, "start")] == [2, 2]
+    said = "\n".join(fleet.lines)
+    assert "waiting for 2 workers of 6 CPUs: room for 0, starting 2 × l4; " in said
+    assert "waiting for 2 workers of 6 CPUs: room for 1, starting 1 × l4; " in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_elastic_run_begins_with_what_there_is_and_grows(
+    fleet: Timeline, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    """The fleet may have one node at first; then its limit is raised, as a person does with `ray up`."""
+    file = fleet.cluster.directory / "autoscaling.json"
+    limits = json.loads(file.read_text())
+    file.write_text(json.dumps(limits | {"max_workers": 1}))  # the autoscaler reads it again and again
+    run = one_a_node(tmp_path, make_data([30_000]), cluster__workers=[1, 2], cluster__resize_interval_s=5.0)
+    with training(fleet, write(run, tmp_path)) as driver:
+        wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 10))
+        assert [e["world_size"] for e in events(run, "start")] == [1]
+        assert len(fleet.nodes) == 1
+        fleet.say("the fleet may have two nodes now")
+        file.write_text(json.dumps(limits | {"max_workers": 2}))
+        wait_for(lambda: fleet.look() and len(events(run, "start")) == 2)
+        wait_for(lambda: fleet.look() and steps_done(run) >= events(run, "start")[-1]["step"] + 10)
+        stop(driver)
+    first, second = events(run, "start")
+    assert (first["world_size"], second["world_size"], second["redone_steps"]) == (1, 2, 0)
+    assert any("waiting for at least 1 worker of 6 CPUs: room for 0, " in line for line in fleet.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_node_type_is_large_enough(fleet: Timeline, make_data: Callable[..., str], tmp_path: Path) -> None:
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), cluster__cpus_per_worker=97)
+    said = "waiting for 2 workers of 97 CPUs: room for 0, the autoscaler has no node for them: too large, or its limits"
+    with training(fleet, write(run, tmp_path)):
+        wait_for(lambda: any(said in line for line in fleet.lines), 120)
+    assert not fleet.look()
 
 
 @pytest.mark.timeout(300)
