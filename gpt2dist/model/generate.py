@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2dist.data.tokenizer import EOT
-from gpt2dist.model.gpt2 import GPT2, Head, KVCache
+from gpt2dist.model.gpt2 import GPT2, KVCache
 
+SLICES = 16
+"""Of a matrix, shared among the threads."""
 TOP_P_GUESS = 256
 """Tokens among which the likeliest top_p of the probability are first looked for."""
 
@@ -35,22 +39,38 @@ class Sampling:
     """A text ends before the first of these token ids."""
 
 
-class PackedHead(nn.Module):
-    """The head on the CPU in fp32, its table laid out once for products with `rows` rows.
+class Sliced(nn.Module):
+    """A linear layer for few rows, in fp32 on the CPU: slices of Wᵀ, which the threads share.
 
-    Few rows against a large table: torch's own product spends most of its time on that layout, in every call.
+    For one row torch's own uses one thread; for a few it first lays out all of W, in every call.
     """
 
-    def __init__(self, head: Head, rows: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """weight: [out, in]; bias: [out]."""
         super().__init__()
-        self.head, self.rows = head, rows
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(head.weight.detach(), rows)
+        slices = math.gcd(len(weight), SLICES)
+        self.weight = weight.detach().view(slices, -1, weight.shape[1]).transpose(1, 2).contiguous()
+        self.bias = bias.detach().view(slices, 1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [rows, 1, n_embd]; result: [rows, 1, padded vocabulary]."""
-        weight, bias = self.head.weight, self.head.padding
-        out: Tensor = torch.ops.mkl._mkl_linear(x.contiguous(), self.packed, weight, bias, self.rows)
-        return out
+        """x: [B, T, in]; result: [B, T, out]."""
+        rows = x.reshape(1, -1, x.shape[-1]).expand(len(self.weight), -1, -1)
+        out = torch.baddbmm(self.bias, rows, self.weight)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def prepare(model: GPT2) -> GPT2:
+    """The model, in eval mode and good for generation alone: faster on the CPU in fp32, for a second embedding table."""
+    model.eval().requires_grad_(False)
+    weight = model.wte.weight
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        for block in model.h:
+            for layer, name in itertools.product((block.attn, block.mlp), ("c_attn", "c_fc", "c_proj")):
+                if hasattr(layer, name):
+                    whole = getattr(layer, name)
+                    setattr(layer, name, Sliced(whole.weight, whole.bias))
+        model.head = Sliced(weight, model.head.padding)
+    return model
 
 
 class Generation:
@@ -71,10 +91,7 @@ class Generation:
             prompts = [p[start:] for p, start in zip(prompts, starts, strict=True)]
         self.model, self.sampling = model, s
         self.done = [False] * len(prompts)
-        weight = model.wte.weight
-        device = weight.device
-        packs = device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        self._head = PackedHead(model.head, len(prompts)) if packs and len(prompts) > 1 else model.head
+        device = model.wte.weight.device
         self._width = max(map(len, prompts))
         self._padding = torch.tensor([self._width - len(p) for p in prompts], device=device)
         self._ids = torch.zeros(len(prompts), self._width + s.max_tokens, dtype=torch.int64, device=device)
@@ -98,7 +115,7 @@ class Generation:
                 x = model.hidden(ids[:, start:end], cache)
             else:
                 x = model.hidden(ids[:, end - 1 : end], cache)
-            tokens = choose(self._head(x)[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
+            tokens = choose(model.head(x)[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
             ids[:, end] = tokens
             drawn = [(row, token) for row, token in enumerate(tokens.tolist()) if not self.done[row]]
             restarted = [row for row, _ in drawn if model.config.document_mask and last[row] == EOT]
