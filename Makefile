@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup smoke test test-slow test-s3 check bench docs clean
+.PHONY: setup smoke demo test test-slow test-s3 check dist bench docs clean
 
 setup: $(VENV)/.installed  ## make .venv with gpt2dist and all that its tests need
 
@@ -21,11 +21,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 smoke: setup  ## prepare, train, generate and audit a small GPT-2 on two CPU workers
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash jobs/smoke.sh
 
+demo: setup  ## a run that is killed, drained and resized, and its loss curve on that of an undisturbed one
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash jobs/demo.sh
+
 test: setup  ## the tests, unit first
-	@$(BIN)/python -m pytest -q -m 'not s3 and not slow' tests/unit tests/distributed tests/ray
+	@$(BIN)/python -m pytest -q -m 'not s3 and not slow' tests/unit tests/distributed tests/ray tests/chaos
 
 test-slow: setup  ## more of them: resizing, several nodes, compile, token files; about ten minutes
-	@$(BIN)/python -m pytest -q -m slow tests/distributed tests/ray
+	@$(BIN)/python -m pytest -q -m slow tests/distributed tests/ray tests/chaos
 
 test-s3: setup  ## everything on a real S3 server on loopback, also killed for a while; about six minutes
 	@$(BIN)/python -m pytest -q -m s3 tests/ray
@@ -34,6 +37,11 @@ check: setup  ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+dist: setup  ## build/cluster: the wheel and the versions that cluster.yaml and jobs/kuberay/Dockerfile install
+	@rm -rf build/cluster build/lib && mkdir -p build/cluster
+	@$(PIP) wheel --no-deps --wheel-dir build/cluster .
+	@cp constraints.txt build/cluster/ && ls build/cluster
 
 bench: setup  ## every performance figure, each a ratio measured in one run; writes build/bench.json
 	@$(BIN)/python -m tests.bench

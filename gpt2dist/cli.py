@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
 
-from gpt2dist import __version__
-from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run, parse_toml
+from gpt2dist import STARTED, __version__
+from gpt2dist.commands.cluster import cluster
+from gpt2dist.commands.common import (
+    command,
+    existing,
+    fail,
+    json_option,
+    read_config,
+    run_dir_argument,
+    set_option,
+)
+from gpt2dist.commands.jobs import jobs, submit
+from gpt2dist.commands.plan import plan
+from gpt2dist.commands.report import goodput, report
+from gpt2dist.config import ClusterSection, RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
 
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors that a user can mend into one line."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except UserError as e:
-            _fail(str(e), 2)
-
-    return run
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
-
-
-set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
-run_dir_argument = click.argument("run_dir", type=click.Path())
 precision_option = click.option(
     "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic."
 )
@@ -64,6 +54,14 @@ def main() -> None:
     """
 
 
+main.add_command(cluster)
+main.add_command(plan)
+main.add_command(submit)
+main.add_command(jobs)
+main.add_command(goodput)
+main.add_command(report)
+
+
 @main.command()
 @click.argument("run_file", type=click.Path())
 @set_option
@@ -78,6 +76,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
       gpt2dist prepare jobs/smoke.toml --set 'prepare.sources=["texts/*.jsonl"]'
     """
     run = load_run(run_file, overrides)
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.data.prepare import is_up_to_date
     from gpt2dist.data.prepare import prepare as run_prepare
@@ -195,8 +194,9 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     """
     run = load_run(run_file, overrides)
     if dry_run:
-        _dry_run(run, as_json)
+        _dry_run(run, run_file, as_json)
         return
+    _check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
     from gpt2dist.report import live, tables
     from gpt2dist.storage import acquire_lock, log_directory
@@ -216,22 +216,24 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     else:
         log = log_directory(run.run_dir) / "log.txt"
         # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
-        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.workers * run.cluster.cpus_per_worker) + 4)
-        gpus = math.ceil(run.cluster.workers * run.cluster.gpus_per_worker)
+        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.max_workers * run.cluster.cpus_per_worker) + 4)
+        gpus = math.ceil(run.cluster.max_workers * run.cluster.gpus_per_worker)
         failure: launch.TrainingFailed | None = None
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
-            with _stop_signals(console) as stop, ray_session(cpus, gpus, address):
-                job = launch.TrainJob(run)
-                stop.append(job.request_stop)
+            tables.changed(console, ready.resume_step, ready.changes)
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
+                job = launch.TrainJob(run, STARTED, ready.changes)
+                on_stop(job.request_stop)
                 live.follow(run, console, job.done, started)
                 try:
                     job.check()
                 except launch.TrainingFailed as e:
                     failure = e
+        job.left()
         if failure:
-            _fail(f"training failed: {failure}; log: {log}", 1)
+            fail(f"training failed: {failure}; log: {log}", 1)
     if lock:
         lock.release()
     if as_json:
@@ -240,15 +242,48 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         tables.finished(make_console(), run, time.time() - started, run_file)
 
 
-def _dry_run(run: RunConfig, as_json: bool) -> None:
-    from gpt2dist.cluster import plan
-    from gpt2dist.report import tables
+def _check_in_a_job(run: RunConfig, run_file: str) -> None:
+    from gpt2dist.cluster.jobs import IN_A_JOB, check_places
 
-    numbers, memory = plan.arithmetic(run), plan.memory(run)
+    if IN_A_JOB in os.environ:
+        check_places(run, run_file)
+
+
+def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
+    from gpt2dist.cluster.plan import arithmetic, memory
+    from gpt2dist.report import tables
+    from gpt2dist.storage import StorageError
+    from gpt2dist.train import checkpoint
+
+    numbers, parts = arithmetic(run), memory(run)
+    newest, away = None, ""
+    try:
+        newest = checkpoint.newest(run.run_dir)
+    except StorageError as e:  # the arithmetic needs no storage
+        away = str(e)
+    changed, reason = _changes(run, newest) if newest else ([], "")
     if as_json:
-        click.echo(json.dumps({"config": run.model_dump(mode="json"), **numbers, "memory_bytes": memory}))
+        resume = newest and {"step": newest.index.step, "changes": [change.to_json() for change in changed]}
+        config = {"config": run.model_dump(mode="json")}
+        click.echo(json.dumps({**config, **numbers, "memory_bytes": parts, "resume": resume}))
     else:
-        tables.dry_run(make_console(), run, numbers, memory)
+        console = make_console()
+        tables.dry_run(console, run, numbers, parts)
+        if newest:
+            tables.changed(console, newest.index.step, changed)
+        if away:
+            console.print(f"whether there is a run to go on with is not known: {away}")
+    if reason:
+        raise UserError(f"{run_file}: {reason}")
+
+
+def _changes(run: RunConfig, newest: Any) -> tuple[list[Any], str]:
+    """What the run file changes, and why it cannot go on with that."""
+    from gpt2dist.data.mixture import Mixture
+    from gpt2dist.train import launch, resume
+
+    changed = launch.compare(run, newest, Mixture.open(run))
+    return changed, resume.refusal(changed, run.data.allow_changed)
 
 
 def _outcome(run: RunConfig) -> dict[str, Any]:
@@ -267,8 +302,8 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console) -> Any:
-    """First SIGINT or SIGTERM: call what is in the yielded list (save and end). Second: exit at once."""
+def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """First SIGINT or SIGTERM: do what was given to the yielded function (save and end). Second: exit at once."""
     actions: list[Callable[[], None]] = []
     seen: list[int] = []
 
@@ -280,12 +315,63 @@ def _stop_signals(console: Console) -> Any:
         for action in actions:
             action()
 
+    def on_stop(action: Callable[[], None]) -> None:
+        actions.append(action)
+        for number in previous:  # once more: Ray, which has started meanwhile, puts its own in the place of SIGTERM's
+            signal.signal(number, handle)
+
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield actions
+        yield on_stop
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
+
+
+@main.command()
+@click.argument("run_file", type=click.Path())
+@click.option(
+    "--faults", default="kill-worker,kill-driver,drain-node", show_default=True, help="Which, separated by commas."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the steps at which they come, and of the victims.")
+@set_option
+@json_option
+@command
+def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Break a run on purpose, and hold it against one that nothing happens to.
+
+    Trains RUN_FILE twice on a private cluster of this machine with a node for each worker. Faults: kill-worker,
+    kill-driver, kill-node, drain-node, stall-worker, bad-checkpoint, storage-away, disk-full, nan; each as often
+    as it is named. Exit code 1 if the losses differ or a sample was lost or repeated.
+
+    \b
+    Example:
+      gpt2dist chaos jobs/smoke.toml --faults kill-worker,kill-driver,drain-node --seed 1
+    """
+    run = load_run(run_file, overrides)
+    from gpt2dist.cluster import chaos as arena
+    from gpt2dist.cluster.local import NodeFailed
+    from gpt2dist.report import curves, tables
+    from gpt2dist.report.goodput import of_run as goodput_of
+    from gpt2dist.train import launch
+
+    launch.preflight(run, run_file)
+    console = make_console(stderr=as_json)
+    try:
+        verdict = arena.compare(run, [f.strip() for f in faults.split(",")], seed, console.print)
+    except (arena.ChaosError, NodeFailed) as e:
+        fail(str(e), 1)
+    picture = Path(f"{verdict.run_dir}.png")
+    curves.draw(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
+    spent = goodput_of(verdict.run_dir)
+    if as_json:
+        click.echo(json.dumps(verdict.to_json() | {"picture": str(picture), "goodput": spent.to_json(None)}))
+    else:
+        tables.verdict(console, verdict.to_json())
+        console.print(tables.goodput_line(spent))
+        console.print(f"the two curves: {picture}")
+    if not verdict.passed:
+        sys.exit(1)
 
 
 @main.command()
@@ -445,7 +531,7 @@ def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None
                 return evaluation.on_ray(request, workers, cpus, gpus)
             except TrainingFailed as e:
                 failure = e
-    _fail(f"evaluation failed: {failure}; log: {log}", 1)
+    fail(f"evaluation failed: {failure}; log: {log}", 1)
 
 
 @main.command()
@@ -466,7 +552,7 @@ def export(location: str, output: str, step: int | None, as_json: bool) -> None:
     from gpt2dist.model import hf
     from gpt2dist.train.saved import open_model
 
-    saved = open_model(location, step, verify=True)
+    saved = open_model(location, step)
     hf.export(output, saved.config, saved.weights, saved.vocab_dir)
     if as_json:
         click.echo(json.dumps({"step": saved.step, "output": output}))
@@ -486,30 +572,11 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:
       gpt2dist audit runs/smoke
     """
-    from gpt2dist.data.mixture import Mixture
-    from gpt2dist.train import ledger, rundir
+    from gpt2dist.train import ledger
 
     run, newest = _open_run(run_dir, overrides)
-    data = Mixture.open(run)
-    lines = rundir.ledger_log(run_dir).read()
-    if data.fingerprint not in {newest.index.data_fingerprint, *(line.get("data") for line in lines)}:
-        raise UserError(
-            f"{run_dir}: trained on data set {newest.index.data_fingerprint[:16]}, but {data} is "
-            f"{data.fingerprint[:16]}"
-        )
-    result = ledger.audit(run, data, lines, newest.index.step)
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-    else:
-        verdict = "every sample exactly once"
-        if result.duplicates or result.gaps:
-            verdict = f"NOT {verdict}"
-        elif result.unverifiable:
-            verdict = f"NOT proven: {result.unverifiable:,} other samples were of another data set"
-        click.echo(
-            f"{result.samples:,} samples in {result.steps:,} steps and {result.attempts} attempts: "
-            f"{result.duplicates} duplicates, {result.gaps} gaps: {verdict}"
-        )
+    result = ledger.audit_run(run_dir, run, newest.index)
+    click.echo(json.dumps(result.to_json()) if as_json else str(result))
     if not result.clean:
         sys.exit(1)
 
@@ -533,13 +600,13 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
     from gpt2dist.report.tables import size
     from gpt2dist.train import checkpoint as store
 
-    rows = [store.describe(c, run_dir) for c in store.committed(_existing(run_dir))]
+    rows = [store.describe(c, run_dir) for c in store.committed(existing(run_dir))]
     if as_json:
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        if row["step"] is None:
-            click.echo(f"damaged: {row['reason']}")
+        if "bytes" not in row:  # its index cannot be read
+            click.echo(f"step {row['step']:>8}  damaged: {row['reason']}")
         else:
             state = "valid" if row["valid"] else f"damaged: {row['reason']}"
             made = f"{row['world_size']} workers, ZeRO-{row['zero_stage']}"
@@ -564,7 +631,7 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
     from gpt2dist.train import checkpoint as store
 
     rows = []
-    found = list(store.committed(_existing(run_dir)))
+    found = list(store.committed(existing(run_dir)))
     for c in track(found, "hashing", console=make_console(stderr=True), transient=True):
         row = store.describe(c, run_dir)
         if isinstance(c, store.Checkpoint) and row["valid"]:
@@ -584,23 +651,8 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _existing(run_dir: str) -> str:
-    from gpt2dist import storage
-
-    path = storage.location(run_dir)
-    if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
-        raise UserError(f"{run_dir}: no such run directory")
-    return run_dir
-
-
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
     """The configuration of a run directory and its newest checkpoint."""
-    from gpt2dist import storage
     from gpt2dist.train.saved import find_checkpoint
 
-    config = storage.location(_existing(run_dir)) / "config.toml"
-    try:
-        run = parse_toml(storage.read_bytes(config), str(config), overrides)
-    except FileNotFoundError:
-        raise UserError(f"{config}: no such file") from None
-    return run, find_checkpoint(run_dir)
+    return read_config(run_dir, overrides), find_checkpoint(run_dir)

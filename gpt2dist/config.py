@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,6 +31,9 @@ class Section(BaseModel):
     """Base of all sections: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class PrepareSection(Section):
@@ -68,13 +71,13 @@ class ModelSection(Section):
 
     preset: Literal["", "tiny", "124M", "355M", "774M", "1558M"] = ""
     """A published size of GPT-2, or `tiny`."""
-    n_layer: int | None = Field(default=None, ge=1)
+    n_layer: int | None = Field(default=None, ge=1, le=10_000)
     """Transformer blocks."""
-    n_head: int | None = Field(default=None, ge=1)
+    n_head: int | None = Field(default=None, ge=1, le=1_000_000)
     """Attention heads; divides n_embd."""
-    n_embd: int | None = Field(default=None, ge=1)
+    n_embd: int | None = Field(default=None, ge=1, le=1_000_000)
     """Width of the residual stream."""
-    n_positions: int | None = Field(default=None, ge=1)
+    n_positions: int | None = Field(default=None, ge=1, le=100_000_000)
     """Rows of the position table; by default data.seq_len."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout after the embeddings, in attention and on both residual branches."""
@@ -100,14 +103,17 @@ class DataSection(Section):
 
     path: str | dict[str, float] = ""
     """A prepared data set, or a table of them with their weights; by default prepare.output."""
-    seq_len: int = Field(default=1024, ge=1)
+    seq_len: int = Field(default=1024, ge=1, le=100_000_000)
     """Tokens a sequence (T); a sample holds T+1 ids."""
     verify: bool = False
     """Before training, compute the hash of every shard; otherwise only sizes are compared, and hashes when a shard is
     copied from an object store."""
     allow_changed: bool = False
-    """Go on with a run although the data set is another one than it was trained on so far: which samples of this one it
-    has seen is then not known, and `audit` cannot prove the steps before."""
+    """Go on with a run although steps will train on other samples than so far: another data set, or a changed key
+    that decides the order (docs/checkpoints.md). Which samples it has seen is then not known, and `audit` cannot prove
+    the steps before."""
+    skip: list[Annotated[tuple[int, int], Field(strict=False)]] = []
+    """Positions [first, end) of the sample order that are left out; a rewind (train.rewind) adds to them by itself."""
     shuffle_window: int = Field(default=8, ge=1)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)
@@ -123,6 +129,15 @@ class DataSection(Section):
         if not isinstance(path, (str, dict)) or path == {}:
             raise ValueError(f"a path, or a table of paths with their weights, got {json.dumps(path, default=str)}")
         return path
+
+    @field_validator("skip")
+    @classmethod
+    def _disjoint(cls, skip: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        ordered = sorted(skip)
+        starts = [0, *(end for _, end in ordered)]
+        if any(first < least or first >= end for (first, end), least in zip(ordered, starts, strict=False)):
+            raise ValueError(f"ranges [first, end) that do not overlap, got {json.dumps(skip)}")
+        return ordered
 
 
 class BatchSection(Section):
@@ -160,6 +175,17 @@ class TrainSection(Section):
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""
+    nan_at: list[int] = []
+    """Steps whose gradients are made NaN on purpose, to see what becomes of a run."""
+    rewind: bool = False
+    """After `rewind_after` steps in a row whose loss is not finite or has jumped (`spike`), go back to the last
+    checkpoint before them and leave their samples out; events.jsonl names the documents."""
+    rewind_after: int = Field(default=3, ge=1)
+    """Bad steps in a row that are a divergence."""
+    spike: float = Field(default=1.0, gt=0)
+    """A loss this far above the median of the last 100 steps, in nats, has jumped."""
+    max_rewinds: int = Field(default=5, ge=1)
+    """A run that diverges once more than this stops, naming the samples."""
     initial_loss_scale: int = Field(default=2**16, ge=1)
     """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     profile_steps: tuple[int, int] | None = Field(default=None, strict=False)
@@ -243,27 +269,82 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """[checkpoint] when to save and what to keep."""
 
-    every_steps: int = Field(default=100, ge=0)
-    """Save after every n-th step (and always at the end); 0: only by minutes."""
-    every_minutes: float = Field(default=0.0, ge=0)
-    """Save when this long has passed since the last one; 0 switches it off."""
+    every_steps: int = Field(default=0, ge=0)
+    """Save after every n-th step; 0: only by minutes. A run also saves at its end."""
+    every_minutes: float | Literal["auto"] = "auto"
+    """Save when this long has passed since the last save began; 0: only by steps; `auto`: the interval that loses
+    least (Young and Daly), from how long saves hold the run up and how often it failed. With every_steps alone: 0."""
+    mtbf_hours: float = Field(default=6.0, gt=0)
+    """For `auto`: hours between failures that are assumed until some have happened."""
+    background: bool = True
+    """Write while training goes on; otherwise the run waits for every save."""
+    retry_minutes: float = Field(default=10.0, ge=0)
+    """At the end of a run, try to save for this long if the storage is away or full; then exit code 1."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of every n-th step that are kept for ever; 0: none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("every_steps") and "every_minutes" not in table:
+            return {**table, "every_minutes": 0.0}
+        return table
+
+    @field_validator("every_minutes")
+    @classmethod
+    def _not_negative(cls, minutes: float | str) -> float | str:
+        if isinstance(minutes, float) and not 0 <= minutes < math.inf:
+            raise ValueError("0 or more minutes, or auto")
+        return minutes
+
 
 class ClusterSection(Section):
     """[cluster] what the run asks Ray for."""
 
-    workers: int = Field(default=1, ge=1)
-    """Data-parallel workers (the world size)."""
+    workers: int | tuple[int, int] = 1
+    """Data-parallel workers (the world size), or [min, max]: as many as there are machines for at the time."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs that Ray reserves for a worker; also its threads."""
     gpus_per_worker: float = Field(default=0, ge=0, le=1)
     """1 trains on CUDA with NCCL, 0 on the CPU with gloo."""
+    accelerator: str = ""
+    """Train only on machines with these GPUs, by Ray's name (`A100`, `H100`, `L4`, …); by default on any."""
     max_failures: int = Field(default=3, ge=-1)
-    """Restarts of the worker group after failures; -1 is without limit."""
+    """Restarts of the worker group after failures in a row with no checkpoint between them; -1 is without limit.
+    Machines that are taken away with notice do not count."""
+    resize_interval_s: float = Field(default=60.0, gt=0)
+    """With [min, max]: how often to look whether there are machines for more workers, or for fewer."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Dollars that a worker costs in an hour; with it `goodput` tells what the run has cost."""
+    hang_timeout_s: float = Field(default=600.0, ge=0)
+    """A worker that finishes no step for so long is taken for hung: the stacks of all are written to the run's
+    directory, and the group starts again. Raise it where a step or an evaluation takes longer; 0: off."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _count_or_range(cls, workers: Any) -> Any:
+        both = list(workers) if isinstance(workers, (list, tuple)) else [workers, workers]
+        if len(both) != 2 or not all(type(n) is int and n >= 1 for n in both) or both[0] > both[1]:
+            raise ValueError(f"a number of workers, or [min, max], got {json.dumps(workers, default=str)}")
+        return tuple(both) if isinstance(workers, (list, tuple)) else workers
+
+    @model_validator(mode="after")
+    def _accelerator_is_used(self) -> ClusterSection:
+        if self.accelerator and not self.gpus_per_worker:
+            raise ValueError(f'accelerator = "{self.accelerator}" needs gpus_per_worker = 1')
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that may train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that may train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class RunConfig(Section):
@@ -307,9 +388,9 @@ class RunConfig(Section):
                 f'optim.name = "muon" needs train.zero_stage = 0: at stage {self.train.zero_stage} a worker holds '
                 "pieces of matrices, and Muon takes whole ones"
             )
-        if self.cluster.workers > self.batch.micro_batches:
+        if self.cluster.max_workers > self.batch.micro_batches:
             raise ValueError(
-                f"cluster.workers = {self.cluster.workers} is more than batch.micro_batches = "
+                f"cluster.workers = {self.cluster.max_workers} is more than batch.micro_batches = "
                 f"{self.batch.micro_batches}: a worker would never have a micro-batch to train on"
             )
         return self
@@ -359,23 +440,32 @@ def load_run(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not TOML, or a key is unknown, missing or of the wrong type.
     """
+    return parse_toml(read_file(path), str(path), overrides)
+
+
+def read_file(path: str | Path) -> bytes:
+    """A local file that the user named. Raises `UserError`."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
-    return parse_toml(data, str(path), overrides)
 
 
-def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+def parse_table(data: bytes, source: str) -> dict[str, Any]:
+    """The table of a TOML file's content; `source` names it in error messages. Raises `UserError`."""
     try:
-        table = tomllib.loads(data.decode())
+        return tomllib.loads(data.decode())
     except UnicodeDecodeError as e:
         raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{source}: not valid TOML: {e}") from None
+
+
+def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Like `load_run`, of a run file's content; `source` names it in error messages. Raises `UserError`."""
+    table = parse_table(data, source)
     for override in overrides:
         _apply_override(table, override)
     return parse_run(table, source)
@@ -383,12 +473,17 @@ def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> Run
 
 def parse_run(table: dict[str, Any], source: str) -> RunConfig:
     """Validate a table; `source` names it in error messages. Raises `UserError`."""
+    return validate(RunConfig, table, source)
+
+
+def validate(model: type[S], table: dict[str, Any], source: str) -> S:
+    """A section of a table; `source` names the table in error messages. Raises `UserError`."""
     try:
-        return RunConfig.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as e:
         problems = e.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{source}: {_explain(problems[0])}{more}") from None
+        raise UserError(f"{source}: {_explain(model, problems[0])}{more}") from None
 
 
 def _absolute(location: str) -> str:
@@ -411,15 +506,18 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[path[-1]] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(model: type[Section], problem: Any) -> str:
     """One line for one pydantic error: the key, what is wrong, the nearest valid name."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     kind = problem["type"]
     if kind == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = model
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
+            if hasattr(section, "model_fields"):
+                section = section.model_fields[part].annotation
+            else:  # a table of sections, dict[str, Section]
+                section = get_args(section)[1]
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         where = f"in [{'.'.join(location[:-1])}]" if location[:-1] else "at the top level"
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"

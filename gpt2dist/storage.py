@@ -10,14 +10,16 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -28,9 +30,12 @@ from upath import UPath
 
 from gpt2dist.config import UserError
 
+UPLOAD_BYTES = 32 << 20
+"""Of a file that is written in pieces to an object store: a request each."""
 SEGMENT_BYTES = 1 << 20
 """Of a log on an object store: a longer object is not written again, the next one begins."""
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -159,6 +164,33 @@ def publish_file(temporary: Path, path: UPath) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def writing(path: UPath) -> Iterator[BinaryIO]:
+    """A file to be written in pieces; it appears, whole, when the block ends, and not at all if that raises."""
+    if is_local(path):
+        temporary = stage(path)
+        try:
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return
+    with _named(path):
+        remote = path.fs.open(path.path, "wb", block_size=UPLOAD_BYTES)
+        try:
+            yield remote
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error that brought us here counts
+                remote.discard()
+            remote.closed = True  # or its end would complete the upload
+            raise
+        remote.close()
+
+
 @_operation
 def remove(path: UPath) -> None:
     """Delete a file; nothing happens where there is none."""
@@ -219,13 +251,17 @@ def read_bytes(path: UPath) -> bytes:
 
 
 @_operation
-def read_ranges(path: UPath, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of each range, many at a time; fewer where the file ends. For remote files."""
-    if not ranges:
-        return []
-    begins, ends = zip(*ranges, strict=True)
-    data = path.fs.cat_ranges([path.path] * len(ranges), list(begins), list(ends), on_error="raise")
-    return list(data)
+def read_range(path: UPath, begin: int, end: int) -> bytearray:
+    """The bytes [begin, end); fewer where the file ends. Raises `FileNotFoundError`."""
+    if not is_local(path):
+        return bytearray(path.fs.cat_file(path.path, start=begin, end=end))
+    data = bytearray(end - begin)
+    done = 0
+    with path.open("rb", buffering=0) as f:
+        f.seek(begin)
+        while read := f.readinto(memoryview(data)[done:]):
+            done += read
+    return data[:done] if done < len(data) else data
 
 
 @_operation
@@ -264,6 +300,24 @@ def file_sizes(path: UPath) -> dict[str, int]:
     return {info["name"].rpartition("/")[2]: info["size"] for info in found if info["type"] == "file"}
 
 
+@_operation
+def plain_files(path: UPath) -> dict[str, int]:
+    """Name → bytes of the regular files in a directory: no links, which may lead anywhere, no pipes or devices.
+
+    Nothing where there is no directory, or only a link to one.
+    """
+    try:
+        if not is_local(path):
+            return file_sizes(path)
+        if path.is_symlink():
+            return {}
+        return {e.name: e.stat().st_size for e in os.scandir(path) if e.is_file(follow_symlinks=False)}
+    except (FileNotFoundError, NotADirectoryError) as e:
+        if not is_local(path) and _reason(e):
+            raise
+        return {}
+
+
 def sha256_of(path: UPath) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
@@ -294,22 +348,63 @@ class JsonLines:
         self._text = ""
         self._waiting = False
         self._flushed = -flush_s
+        self._unwritten: list[dict[str, Any]] = []  # of `try_append`
+        self._lock = threading.RLock()  # checkpoints are committed in a thread of their own
+        self._short_lock = threading.Lock()  # of what is never held while something is written
+        self._thread = ThreadPoolExecutor(1, "log")
+        self._writing: Future[None] | None = None
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Add records; the data has left the process when this returns, or `flush_s` later."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        if not is_local(self.path):
-            self._text += text
-            self._waiting = True
-            if time.monotonic() - self._flushed >= self.flush_s:
-                self.flush()
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(text)
+        """Add records; the data has left the process when this returns, or `flush_s` later.
+
+        All of them, or with an exception none. What `try_append` could not write goes before them.
+        """
+        with self._lock:
+            with self._short_lock:
+                waiting = list(self._unwritten)
+            text = "".join(json.dumps(record) + "\n" for record in [*waiting, *records])
+            if is_local(self.path):
+                _append_text(self.path, text)
+            else:
+                before = self._text, self._waiting
+                self._text += text
+                self._waiting = True
+                try:
+                    if time.monotonic() - self._flushed >= self.flush_s:
+                        self._put()
+                except BaseException:
+                    self._text, self._waiting = before
+                    raise
+            with self._short_lock:
+                del self._unwritten[: len(waiting)]
+
+    def try_append(self, *records: dict[str, Any]) -> None:
+        """Add records without an exception; what cannot be written now is written with the next ones.
+
+        On an object store it is written in the background: that may be away for long, and nobody should wait.
+        """
+        with self._short_lock:
+            self._unwritten += records
+        if is_local(self.path):
+            self._try_to_write()
+        elif self._writing is None or self._writing.done():
+            self._writing = self._thread.submit(self._try_to_write)
+
+    def _try_to_write(self) -> None:
+        try:
+            while self._unwritten:
+                self.append()
+        except (OSError, StorageError) as e:
+            logger.warning("%s: not written yet: %s", self.path, e)
 
     def flush(self) -> None:
-        """On an object store: write the records that wait."""
+        """Write the records that wait."""
+        with self._lock:
+            if self._unwritten:
+                self.append()
+            self._put()
+
+    def _put(self) -> None:
         if not self._waiting:
             return
         if self._segment is None:
@@ -321,9 +416,8 @@ class JsonLines:
 
     def sync(self) -> None:
         """Force what was appended to the disk, or the object store."""
-        if not is_local(self.path):
-            self.flush()
-        elif self.path.exists():
+        self.flush()
+        if is_local(self.path) and self.path.exists():
             with open(self.path, "rb") as f:
                 os.fsync(f.fileno())
 
@@ -331,9 +425,9 @@ class JsonLines:
         """All whole records; an empty list where there is no file."""
         if is_local(self.path):
             with contextlib.suppress(FileNotFoundError):
-                return _records(self.path.read_text(encoding="utf-8"))
+                return _records(self.path.read_bytes())
             return []
-        return [record for _, text in self._texts() for record in _records(text)]
+        return [record for _, data in self._contents() for record in _records(data)]
 
     def tail(self, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
         """The last whole records, as many as lie in `max_bytes`; on an object store, those of the last object."""
@@ -355,22 +449,22 @@ class JsonLines:
         On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
         """
         if is_local(self.path):
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            return self._keep(self.path, text, condition)[1]
+            data = self.path.read_bytes() if self.path.exists() else b""
+            return self._keep(self.path, data, condition)[1]
         dropped: list[dict[str, Any]] = []
-        for i, (path, text) in enumerate(reversed(self._texts())):
-            left, gone = self._keep(path, text, condition)
+        for i, (path, data) in enumerate(reversed(self._contents())):
+            left, gone = self._keep(path, data, condition)
             dropped = gone + dropped
             if i == 0 and len(left) < SEGMENT_BYTES:
                 self._segment, self._text, self._waiting = path, left, False
         return dropped
 
     def _keep(
-        self, path: UPath, text: str, condition: Callable[[dict[str, Any]], bool]
+        self, path: UPath, data: bytes, condition: Callable[[dict[str, Any]], bool]
     ) -> tuple[str, list[dict[str, Any]]]:
-        records = _records(text)
+        records = _records(data)
         left = "".join(json.dumps(record) + "\n" for record in records if condition(record))
-        if left != text:
+        if left.encode() != data:
             publish(path, left.encode())
         return left, [record for record in records if not condition(record)]
 
@@ -380,10 +474,10 @@ class JsonLines:
         found = ((re.fullmatch(pattern, path.name), path) for path in children(self.path.parent))
         return sorted((int(match[1] or 0), path) for match, path in found if match)
 
-    def _texts(self) -> list[tuple[UPath, str]]:
+    def _contents(self) -> list[tuple[UPath, bytes]]:
         paths = [path for _, path in self._segments()]
         with ThreadPoolExecutor(16) as threads:
-            return list(zip(paths, (data.decode() for data in threads.map(read_bytes, paths)), strict=True))
+            return list(zip(paths, threads.map(read_bytes, paths), strict=True))
 
     def _new_segment(self) -> UPath:
         """An object of this writer's own, made empty."""
@@ -397,8 +491,35 @@ class JsonLines:
             number += 1
 
 
-def _records(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _append_text(path: UPath, text: str) -> None:
+    """In one write; after a torn line, which a machine that lost power may have left, on a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
+        torn = False
+        if end:
+            f.seek(end - 1)
+            torn = f.read(1) != b"\n"
+        data = (b"\n" if torn else b"") + text.encode()
+        try:
+            while data:
+                data = data[f.write(data) :]
+        except OSError:  # the disk is full: no part of a record
+            f.truncate(end)
+            raise
+
+
+def _records(data: bytes) -> list[dict[str, Any]]:
+    return [record for line in data.splitlines(keepends=True) if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """None for a torn line."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
@@ -410,4 +531,5 @@ def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
     else:
         end = file_size(path)
         data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
-    return [json.loads(line) for line in data.split(b"\n")[1 if end > max_bytes else 0 : -1]]
+    lines = data.split(b"\n")[1 if end > max_bytes else 0 : -1]
+    return [record for line in lines if (record := _record(line + b"\n")) is not None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ import pytest
 
 # Before Ray is imported anywhere: it writes ~/.ray/auth_token, and reads these.
 _home = tempfile.mkdtemp(prefix="g2d-home-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ.update(HOME=_home, RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2", OMP_NUM_THREADS="1")
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # of the processes that tests start
 os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parent.parent / "build" / "torch_extensions")  # compile once

@@ -18,8 +18,9 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import s3fs
 
@@ -123,6 +124,9 @@ class Throttle(http.server.ThreadingHTTPServer):
         self.passed = 0
         self.refused = {503: 0, 429: 0}
 
+    def look(self, method: str, path: str) -> None:
+        """Told each request before it is handed on."""
+
     def verdict(self) -> int:
         """200: hand it on."""
         with self.lock:
@@ -133,15 +137,46 @@ class Throttle(http.server.ThreadingHTTPServer):
         return status
 
 
+class Outage(Throttle):
+    """Kills the server when a request comes that `trigger` is waiting for, once, and starts it again later."""
+
+    def __init__(self, server: S3Server, seconds: float, trigger: Callable[[str, str], bool]) -> None:
+        """trigger: told method and path of each request."""
+        super().__init__(server.ports["s3.port"], 0.0, 0)
+        self.s3, self.seconds, self.trigger = server, seconds, trigger
+        self.began = self.ended = 0.0
+        """Unix times; 0: not yet."""
+
+    def look(self, method: str, path: str) -> None:
+        """Kill the server if it is time."""
+        with self.lock:
+            if self.began or not self.trigger(method, path):
+                return
+            self.began = time.time()
+            self.s3.kill()
+        threading.Timer(self.seconds, self._back).start()
+
+    def _back(self) -> None:
+        self.s3.start()
+        self.ended = time.time()
+
+
 class _ThrottleHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Throttle
 
     def _handle(self) -> None:
         body = self._body()
+        self.server.look(self.command, self.path)
         if (status := self.server.verdict()) != 200:
             self._answer(status, [("Content-Type", "application/xml")], SLOW_DOWN)
             return
+        try:
+            self._hand_on(body)
+        except (OSError, http.client.HTTPException):  # the server is away: so are we
+            self.close_connection = True
+
+    def _hand_on(self, body: bytes) -> None:
         behind = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
         with contextlib.closing(behind):
             behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -184,7 +219,19 @@ class _ThrottleHandler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def throttled(server: S3Server, share: float, seed: int) -> Iterator[tuple[Throttle, str]]:
     """A proxy in front of a server, and its address."""
-    proxy = Throttle(server.ports["s3.port"], share, seed)
+    with _serving(Throttle(server.ports["s3.port"], share, seed)) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def outage(server: S3Server, seconds: float, trigger: Callable[[str, str], bool]) -> Iterator[tuple[Outage, str]]:
+    """A proxy that kills the server at a certain request, for some seconds; and its address."""
+    with _serving(Outage(server, seconds, trigger)) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _serving(proxy: Any) -> Iterator[tuple[Any, str]]:
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
     try:

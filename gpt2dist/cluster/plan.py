@@ -15,7 +15,7 @@ from gpt2dist.train.fragment import is_muon_matrix
 def arithmetic(run: RunConfig) -> dict[str, Any]:
     """Counts of one run; sizes in tokens, sequences and FLOPs."""
     config = gpt2.GPT2Config.from_run(run)
-    world, tokens = run.cluster.workers, run.global_batch * run.data.seq_len
+    world, tokens = run.cluster.max_workers, run.global_batch * run.data.seq_len
     gas = accumulation_steps(run.batch.micro_batches, world)
     flops = gpt2.flops_per_token(config, run.data.seq_len)
     return {
@@ -41,7 +41,7 @@ def memory(run: RunConfig) -> dict[str, int]:
     reduced, at the end of backward. tests/distributed/test_memory.py holds this against measurements.
     """
     config = gpt2.GPT2Config.from_run(run)
-    n, world, stage = gpt2.count_parameters(config, published=False), run.cluster.workers, run.train.zero_stage
+    n, world, stage = gpt2.count_parameters(config, published=False), run.cluster.max_workers, run.train.zero_stage
     low = 4 if run.train.precision == "fp32" else 2
     share = {s: -(-n // world) if stage >= s else n for s in (1, 2, 3)}
     on_cpu = run.cluster.gpus_per_worker == 0
@@ -61,18 +61,24 @@ def memory(run: RunConfig) -> dict[str, int]:
     of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
     parts["Adam moments"] = 8 * share[1] - 4 * of_muon  # Muon has one moment
     if run.train.offload_optimizer and not on_cpu:
-        parts |= {"master weights": 0, "Adam moments": 0}
+        parts |= {"master weights": 0, "gradients": 0, "Adam moments": 0}
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
-    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored.
-    activations = 17 * low * config.n_embd * config.n_layer * tokens
+    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored. With
+    # checkpointing the input of each block, and later all of the one that is computed again.
+    block = 17 * low * config.n_embd * tokens
+    checkpointing = run.train.activation_checkpointing
+    activations = config.n_layer * (block // 17 if checkpointing else block)
     # Once, their gradient taking their place; of some rows at a time twice in fp32 (model/loss.py).
     rows = min(tokens, ROWS["cpu" if on_cpu else "cuda"])
     logits = (low * tokens + 8 * rows) * config.padded_vocab_size
     table = low * config.padded_vocab_size * config.n_embd  # a gradient of the embedding table
     bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
-    loss = {"activations": activations, "logits": logits, "gradient of the table": table}
+    moments = [{"activations": activations, "logits": logits, "gradient of the table": table}]  # the loss
+    if checkpointing:
+        activations += block
+        moments.append({"activations": activations, "gradient of the table": table})
     reduce: dict[str, int] = {}
     if stage == 1:
         reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
@@ -82,8 +88,6 @@ def memory(run: RunConfig) -> dict[str, int]:
         reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 3 * table, "activations": activations}
     if stage:
         reduce["bucket"] = 4 * bucket
-    parts |= loss if sum(loss.values()) > sum(reduce.values()) else reduce
-    if on_cpu and world > 1:
-        # DeepSpeed's shared-memory collectives: two buffers of 32 MiB and two of 1 MiB of each worker on the machine.
-        parts["collectives"] = world * 66 * 2**20
+    sizes = [sum(moment.values()) for moment in [*moments, reduce]]
+    parts |= [*moments, reduce][sizes.index(max(sizes))]
     return parts

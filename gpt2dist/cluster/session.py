@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,10 +18,13 @@ from typing import IO
 # Read by Ray when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # a notice may leave only seconds
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # then Ray counts the machines anew
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other load
 
 import ray
 
+from gpt2dist.cluster.scratch import temporary_directory
 from gpt2dist.config import UserError
 
 OBJECT_STORE_BYTES = 512 << 20
@@ -67,7 +69,7 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
         if address:
             ray.init(address=address)
         else:
-            temporary = _temporary_directory()
+            temporary = temporary_directory()
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -88,26 +90,6 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary_directory() -> str:
-    """A new directory with a short path (sockets lie in it); those of killed processes are removed."""
-    root = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
-    for old in root.glob("g2d-[0-9]*-*"):
-        pid = old.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"g2d-{os.getpid()}-", dir=root)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _check_reachable(address: str) -> None:

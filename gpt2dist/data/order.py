@@ -14,6 +14,7 @@ guarantees for ever, which it does not for its own shuffles.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -40,6 +41,22 @@ def permutation(n: int, *key: int | str) -> Ids:
     return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64)
 
 
+def positions(start: int, stop: int, skip: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Where the run's samples number [start, stop) lie when the positions of `skip` are left out: ranges, in order.
+
+    skip: disjoint ranges [first, end), ascending.
+    """
+    left_out = 0
+    for first, end in skip:
+        upto = min(stop, first - left_out)
+        if start < upto:
+            yield start + left_out, upto + left_out
+            start = upto
+        left_out += end - first
+    if start < stop:
+        yield start + left_out, stop + left_out
+
+
 class SampleOrder:
     """The sample order of one run's training data, and how it falls on ranks."""
 
@@ -47,6 +64,7 @@ class SampleOrder:
         self.seed = run.seed
         self.micro = run.batch.micro_sequences
         self.micro_batches = run.batch.micro_batches
+        self.skip = run.data.skip
         self.shares = np.array([c.share for c in data.components], dtype=np.int64)
         split = MixedSplit(data, "train", run.data.seq_len)
         self.num_samples = split.num_samples
@@ -54,6 +72,11 @@ class SampleOrder:
         self.sources = [_SourceOrder(run, part, k) for k, part in enumerate(split.parts)]
 
     def samples(self, start: int, stop: int) -> Ids:
+        """Sample ids that the run consumes as number [start, stop): int64 [stop - start]."""
+        parts = [self._samples(*part) for part in positions(start, stop, self.skip)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _samples(self, start: int, stop: int) -> Ids:
         """Sample ids at positions [start, stop): int64 [stop - start]."""
         if len(self.sources) == 1:
             return self.sources[0].samples(start, stop)
@@ -71,8 +94,9 @@ class SampleOrder:
             at += last - first
         return ids
 
-    def epochs(self, position: int) -> list[float]:
-        """How often the run has been through each data set when it is at `position`."""
+    def epochs(self, consumed: int) -> list[float]:
+        """How often the run has been through each data set after so many samples."""
+        position = max((end for _, end in positions(0, consumed, self.skip)), default=0)
         if len(self.sources) == 1:
             return [position / self.num_samples]
         rounds, rest = divmod(position, SHARES)

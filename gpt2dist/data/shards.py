@@ -215,12 +215,13 @@ class TokenSplit:
         filled = 0
         while filled < len(row):  # a sample may run across shards
             offset = start + filled - int(self.starts[index])
-            piece = self._shard(index)[offset : offset + len(row) - filled]
+            piece = self.shard(index)[offset : offset + len(row) - filled]
             row[filled : filled + len(piece)] = piece
             filled += len(piece)
             index += 1
 
-    def _shard(self, index: int) -> npt.NDArray[np.uint16]:
+    def shard(self, index: int) -> npt.NDArray[np.uint16]:
+        """The tokens of one shard: uint16 [its tokens], mapped."""
         if index not in self._open:
             path = self.directory / self.shards[index].file
             if storage.is_local(path):

@@ -6,9 +6,10 @@ a stack of pre-LayerNorm blocks, GELU (tanh form), learned positions, output hea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -294,7 +295,8 @@ def build(config: GPT2Config, seed: int) -> GPT2:
     return assemble(config, lambda name: initial_value(name, shapes[name], config, seed))
 
 
-def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def parameter_shapes(config: GPT2Config) -> Mapping[str, tuple[int, ...]]:
     """Name → shape of every parameter, without allocating any."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in GPT2(config).named_parameters()}

@@ -8,6 +8,8 @@ from rich.console import Console
 
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
-    """A console; on a pipe it does not wrap lines at 80 columns."""
-    console = Console(file=file, stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(file=file, stderr=stderr, highlight=False, width=160)
+    """A console; on a pipe it does not wrap lines at 80 columns. Text is printed as it is, brackets too."""
+    console = Console(file=file, stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from gpt2dist.train import rundir
 POLL_S, REMOTE_POLL_S = 0.25, 2.0
 """Between two looks at the run directory; each is some requests to an object store."""
 PIPE_INTERVAL_S = 20.0
+FULL_BYTES = 1 << 20
+"""A disk with less room than this is said to be full."""
 
 
 def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: float) -> None:
@@ -23,6 +26,7 @@ def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: fl
     view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
     poll_s = POLL_S if is_local(location(run.run_dir)) else REMOTE_POLL_S
     first_step: int | None = None  # of the newest attempt; lines of earlier steps are not news
+    was_full = False
     with view:
         finished = False
         while not finished:
@@ -37,6 +41,10 @@ def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: fl
                         first_step = event["step"]
             if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
                 view.show(metrics[-1])
+            full = _is_full(run)
+            if full and not was_full:  # then nothing new can be read either
+                view.say(f"the disk of {run.run_dir} is full: training goes on, but nothing can be saved; make room")
+            was_full = full
             if not finished:
                 _sleep(poll_s, done)
 
@@ -47,6 +55,10 @@ def _tails(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return rundir.events_log(run.run_dir).tail(), rundir.metrics_log(run.run_dir).tail(4096)
     except StorageError:
         return [], []
+
+
+def _is_full(run: RunConfig) -> bool:
+    return is_local(location(run.run_dir)) and shutil.disk_usage(run.run_dir).free < FULL_BYTES
 
 
 def _sleep(seconds: float, done: Callable[[], bool]) -> None:
@@ -66,9 +78,42 @@ def describe(event: dict[str, Any]) -> str | None:
         return f"failed: {event['cause']}"
     if kind == "bad_checkpoint":
         return f"checkpoint of step {event['step']} is damaged and left out: {event['reason']}"
+    if kind == "preemption":
+        return f"a machine with {_workers(event['ranks'])} will be taken away {_when(event)}: {_reaction(event)}"
+    if kind == "resize":
+        return f"going on with {event['workers']} workers"
+    if kind == "rewind":
+        first, end = event["steps"]
+        left_out = sum(b - a for a, b in event["positions"])
+        return f"the loss diverged in steps {first} to {end - 1}: going back, and leaving their {left_out} samples out"
+    if kind == "hang":
+        where = f"stacks of all are in {rundir.STACKS}/"
+        return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; {where}"
+    if kind == "save_failed":
+        return f"step {event['step']} could not be saved ({event['reason']}); trying again later"
     if kind == "eval":
         return f"validation loss before training: {event['val_loss']:.4f}"
     return None
+
+
+def _workers(ranks: list[int]) -> str:
+    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _when(preemption: dict[str, Any]) -> str:
+    left = preemption["seconds_left"]
+    return "soon" if left is None else f"in {left:.0f} s"
+
+
+def _reaction(preemption: dict[str, Any]) -> str:
+    if preemption["action"] == "save":
+        return "saving now, and once more at the end"
+    if preemption["action"] == "leave":
+        return "saving, then going on without it"
+    return (
+        f"too soon for a save, which takes about {preemption['save_takes_s']:.0f} s; what follows step "
+        f"{preemption['saved_step']} will be done again"
+    )
 
 
 def _line(metrics: dict[str, Any], steps: int) -> str:

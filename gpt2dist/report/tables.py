@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +10,9 @@ from rich.table import Table
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
+from gpt2dist.report.goodput import MEANING, Goodput, goodput, title
 from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train.resume import WORDS, Change
 
 
 def size(number: float) -> str:
@@ -22,10 +24,24 @@ def size(number: float) -> str:
     return f"{number:.1f} TB"
 
 
+def duration(seconds: float) -> str:
+    """3.2 s, 4:05, 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(noun: str, number: int) -> str:
+    """1 worker, 2 workers."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """A two-column table."""
     if title:
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
         table.add_row(key, value)
@@ -69,12 +85,12 @@ def inspected(console: Console, manifest: Manifest, result: Mapping[str, Any], l
         table.add_row(f"{row['from']:,} - {row['below'] - 1:,}", f"{row['documents']:,}", bar)
     console.print(table)
     console.print("first document:")
-    console.print(result["sample"], markup=False)
+    console.print(result["sample"])
 
 
 def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory: Mapping[str, int]) -> None:
     """The resolved config, the batch arithmetic, and the memory of each part."""
-    console.print(run.to_toml(), markup=False)
+    console.print(run.to_toml())
     m, world, gas = numbers["micro_batches"], numbers["workers"], numbers["accumulation_steps"]
     padding = numbers["padding_micro_batches"]
     pairs(
@@ -99,6 +115,34 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
     )
 
 
+def changed(console: Console, step: int, changes: Sequence[Change]) -> None:
+    """What a run file changes in a run that goes on."""
+    if changes:
+        console.print(f"going on from step {step:,} with changes:")
+    for change in changes:
+        console.print(f"  {change} ({WORDS[change.effect]})")
+
+
+def verdict(console: Console, v: Mapping[str, Any]) -> None:
+    """What `chaos` found."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "fault", "what happened", "until further than before"):
+        table.add_column(column, justify="right" if column == "step" else "left")
+    for fault in v["faults"]:
+        table.add_row(str(fault["step"]), fault["fault"], fault["what"], f"{fault['seconds']:.1f} s")
+    console.print(table)
+    apart, allowed, audit = v["largest_difference"], v["allowed"], v["audit"]
+    same = "equal in every step" if apart == 0 else f"differ by {apart:.2g} at most"
+    sizes = " → ".join(map(str, v["world_sizes"]))
+    rows = {
+        "losses": f"{same} ({allowed:g} allowed; workers: {sizes})",
+        "samples": f"{audit['samples']:,} once, {audit['duplicates']} twice, {audit['gaps']} never",
+        "worker groups": f"{v['attempts']}, {v['redone_steps']} steps done again",
+        "verdict": "PASSED" if v["passed"] else "FAILED",
+    }
+    pairs(console, "", rows)
+
+
 def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:
     """The end of a run: losses, where the checkpoint is, how to go on."""
     metrics = rundir.metrics_log(run.run_dir).read()
@@ -116,6 +160,9 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
         rows["epochs"] = ", ".join(f"{n:.2f} of {path}" for path, n in epochs.items())
     if skipped := sum("skipped" in m for m in metrics):
         rows["skipped steps"] = f"{skipped:,} (gradients not finite)"
+    if sum(e["event"] == "start" for e in events) > 1:
+        spent = goodput(events, metrics)
+        rows["goodput"] = f"{spent.share:.1%} of {duration(spent.wall_s - spent.paused_s)} in {spent.attempts} attempts"
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:
@@ -124,3 +171,36 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
     else:
         rows["to go on"] = f'gpt2dist generate {run.run_dir} --prompt "import "'
     pairs(console, "", rows)
+
+
+def time_spent(console: Console, run_dir: str, g: Goodput, price_per_hour: float | None) -> None:
+    """Where the time of a run went, and what it has cost."""
+    counts = ", ".join(map(count, ("command", "attempt", "failure"), (g.commands, g.attempts, g.failures)))
+    console.print(f"{run_dir}: {duration(g.wall_s)} of wall clock, {counts}", style="bold")
+    cost = g.cost(price_per_hour) if price_per_hour is not None else None
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "time", "share", *(["dollars"] if cost else [])):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_column("")
+    for category, meaning in MEANING.items():
+        seconds = g.seconds[category]
+        share = f"{seconds / g.wall_s:.1%}" if g.wall_s else ""
+        dollars = [f"{cost[category]:,.2f}"] if cost else []
+        table.add_row(title(category), duration(seconds), share, *dollars, meaning)
+    if cost:
+        total = f"{sum(cost.values()):,.2f}"
+        table.add_row("total", duration(g.wall_s), "", total, f"at {price_per_hour:g} an hour of a worker")
+    console.print(table)
+    console.print(goodput_line(g))
+
+
+def goodput_line(g: Goodput) -> str:
+    """Goodput beside what the formula allows."""
+    line = f"Goodput {g.share:.1%}"
+    if g.paused_s:
+        line += f" of the time without {duration(g.paused_s)} of pauses"
+    if g.allowed:
+        a = g.allowed
+        line += f"; Young/Daly allow {a.share:.1%} with a failure every {duration(a.mtbf_s)}, "
+        line += f"{duration(a.restart_s)} to restart and a save every {duration(a.interval_s)}"
+    return line

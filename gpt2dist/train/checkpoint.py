@@ -2,46 +2,76 @@
 
     <run dir>/checkpoints/step-00000100/
         rank-00000.safetensors …   1-D fp32 pieces that the rank owned: weight, exp_avg, exp_avg_sq
-        index.json                 step, position, config, parameter table, fragments, hash of every file
+        index.json                 step, position, config, parameter table, fragments, hashes of every file and its own
 
 A directory without a valid index does not exist. Loading copies the overlap of saved and wanted fragments, so
-world size and ZeRO stage may differ from those that saved. Reading needs no DeepSpeed.
+world size and ZeRO stage may differ from those that saved. Reading needs no DeepSpeed. Nothing that is read is
+trusted: whatever the files hold, the answer is the state that was saved, or `BadCheckpoint`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-import safetensors.torch
+import psutil
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 from torch import Tensor
 from upath import UPath
 
 from gpt2dist.config import Section, UserError
-from gpt2dist.storage import children, exists, file_size, location, publish, read_bytes, remove, remove_tree, sha256_of
+from gpt2dist.storage import (
+    children,
+    exists,
+    is_local,
+    location,
+    plain_files,
+    publish,
+    read_bytes,
+    remove,
+    remove_tree,
+    writing,
+)
+from gpt2dist.train import rundir
 from gpt2dist.train.fragment import Fragment, kinds
-from gpt2dist.train.fragment_file import BadFile, Slice, read_slices
+from gpt2dist.train.fragment_file import BadFile, FragmentFile, PieceHashes, Read, Slice, checks, header, reads
 
 INDEX = "index.json"
+MAX_INDEX_BYTES = 64 << 20
+"""About 500,000 fragments."""
+PIECE_BYTES = 256 << 10
+"""Of a file that are hashed together. Smaller, the index grows; larger, a rank reads more around what it needs."""
+WRITE_BYTES = 8 << 20
+"""Written at a time."""
+REMOTE_READS = 16
+"""At a time from an object store, by each rank."""
+
+FileName = Annotated[str, Field(pattern=r"^rank-\d{5}(\.\d+)?\.safetensors$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+Count = Annotated[int, Field(ge=1, le=1 << 50)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 
 
 class SavedFragment(Section):
     """One piece of a flattened parameter, [start, start + length), and the file that holds it."""
 
-    parameter: str
+    parameter: Name
     kind: Kind
-    start: int = Field(ge=0)
-    length: int = Field(ge=1)
-    file: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
+    start: int = Field(ge=0, le=1 << 50)
+    length: Count
+    file: FileName
 
     @property
     def key(self) -> str:
@@ -50,11 +80,12 @@ class SavedFragment(Section):
 
 
 class SavedFile(Section):
-    """Size and hash of one file."""
+    """Size of one file, and the hashes of its pieces, the last of which may be shorter."""
 
-    file: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
-    bytes: int = Field(ge=1)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    file: FileName
+    bytes: Count
+    piece_bytes: int = Field(ge=1, le=1 << 24)
+    sha256: list[Hash]
 
 
 class Index(Section):
@@ -72,12 +103,29 @@ class Index(Section):
     world_size: int = Field(ge=1)
     zero_stage: int
     attempt: int
-    scalars: dict[str, float]
+    scalars: dict[str, FiniteFloat]
     """Adam's step count and the fp16 loss scale."""
-    parameters: dict[str, list[int]]
+    parameters: dict[Name, Annotated[list[Count], Field(max_length=4)]] = Field(max_length=100_000)
     """Name → shape."""
     fragments: list[SavedFragment]
+    """Those of a file in the order in which they lie in it."""
     files: list[SavedFile]
+
+    def kinds(self, parameter: str) -> tuple[str, ...]:
+        """What it holds of a parameter."""
+        optim = self.config.get("optim")
+        name = optim.get("name", "adamw") if isinstance(optim, dict) else "adamw"
+        return kinds(name, parameter, len(self.parameters[parameter]))
+
+    def to_bytes(self) -> bytes:
+        """The content of index.json. Its first line is the hash of everything after it."""
+        return with_hash(self.model_dump_json().encode())
+
+
+def with_hash(table: bytes) -> bytes:
+    """A JSON object with `sha256` as its first key, alone on the first line: of all that follows that line."""
+    rest = table.removeprefix(b"{") + b"\n"
+    return b'{"sha256":"' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
 @dataclass(frozen=True)
@@ -92,9 +140,25 @@ class Checkpoint:
         """Size of all its files but the index."""
         return sum(f.bytes for f in self.index.files)
 
+    @cached_property
+    def files(self) -> dict[str, FragmentFile]:
+        """Name → what should be in it, with its hashes."""
+        tensors: dict[str, dict[str, int]] = defaultdict(dict)
+        for f in self.index.fragments:
+            tensors[f.file][f.key] = f.length
+        return {
+            f.file: FragmentFile(self.path / f.file, tensors[f.file], f.sha256, f.piece_bytes) for f in self.index.files
+        }
+
 
 class BadCheckpoint(Exception):
-    """A committed checkpoint that is damaged; the message names the file and what is wrong."""
+    """A checkpoint that is damaged or made up; the message, one line, names the file and what is wrong."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        line = "".join(c if c.isprintable() else "?" for c in message)
+        super().__init__(line if len(line) <= 500 else f"{line[:500]}…")
+        self.step = step
+        """Of its directory."""
 
 
 def fragment_key(parameter: str, kind: str, start: int) -> str:
@@ -110,124 +174,323 @@ def step_directory(run_dir: str, step: int) -> UPath:
 # ---------------------------------------------------------------------- writing
 
 
-def write_rank(directory: UPath, rank: int, fragments: Iterable[Fragment]) -> tuple[SavedFile, list[SavedFragment]]:
-    """Write one rank's file; returns its description for the index."""
-    name = f"rank-{rank:05d}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    table: list[SavedFragment] = []
-    for f in fragments:
-        tensors[fragment_key(f.parameter, f.kind, f.start)] = f.tensor.detach().cpu().contiguous()
-        saved = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": f.tensor.numel(), "file": name}
-        table.append(SavedFragment.model_validate(saved))
-    data = safetensors.torch.save(tensors)
-    publish(directory / name, data)
-    return SavedFile(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), table
+class Snapshot:
+    """One rank's fragments as they were at one moment, laid out as the data of the file that they become."""
+
+    def __init__(self, rank: int, attempt: int) -> None:
+        # An earlier attempt that is not quite dead may still be writing: never to the same file.
+        again = f".{attempt}" if attempt > 1 else ""
+        self.file = f"rank-{rank:05d}{again}.safetensors"
+        self.table: list[SavedFragment] = []
+        self._header = b""
+        self._data = torch.empty(0)
+        self._left: UPath | None = None  # written, but not known to be part of a checkpoint
+        self.written = 0
+        """Bytes written since it was made."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the file."""
+        return len(self._header) + 4 * len(self._data)
+
+    def take(self, fragments: Iterable[Fragment]) -> None:
+        """Copy the fragments to host memory; always the same ones, so that this is allocated once."""
+        source = list(fragments)
+        if not self.table:
+            self._lay_out(source)
+        end = 0
+        for f, saved in zip(source, self.table, strict=True):
+            self._data[end : end + saved.length].copy_(f.tensor.detach(), non_blocking=True)
+            end += saved.length
+        if source and source[0].tensor.is_cuda:
+            torch.cuda.synchronize()
+
+    def write(self, directory: UPath) -> SavedFile:
+        """Write the file, in pieces; returns its size and hashes."""
+        self.discard()
+        hashes = PieceHashes(PIECE_BYTES)
+        data: Any = self._data.view(torch.uint8).numpy()
+        parts = [memoryview(self._header)]
+        parts += [memoryview(data[i : i + WRITE_BYTES]) for i in range(0, len(data), WRITE_BYTES)]
+        with writing(directory / self.file) as f:
+            for part in parts:
+                hashes.update(part)
+                f.write(part)
+                self.written += len(part)
+        self._left = directory / self.file
+        return SavedFile(file=self.file, bytes=self.bytes, piece_bytes=PIECE_BYTES, sha256=hashes.hex())
+
+    def discard(self) -> None:
+        """Delete the file that was written last, unless `kept` was called since: it would only take room."""
+        if self._left is not None:
+            remove(self._left)
+            self._left = None
+
+    def kept(self) -> None:
+        """What was written last is part of a checkpoint."""
+        self._left = None
+
+    def _lay_out(self, fragments: list[Fragment]) -> None:
+        for f in fragments:
+            length = f.tensor.numel()
+            table = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": length, "file": self.file}
+            self.table.append(SavedFragment.model_validate(table))
+        self._header = header({f.key: f.length for f in self.table})
+        pinned = bool(fragments) and fragments[0].tensor.is_cuda
+        # Zeros: touched now, not in the first save.
+        self._data = torch.zeros(sum(f.length for f in self.table), pin_memory=pinned)
+
+
+def write_rank(
+    directory: UPath, rank: int, fragments: Iterable[Fragment], attempt: int = 1
+) -> tuple[SavedFile, list[SavedFragment]]:
+    """Write one rank's file at once; returns its description for the index."""
+    snapshot = Snapshot(rank, attempt)
+    snapshot.take(fragments)
+    return snapshot.write(directory), snapshot.table
 
 
 def commit(directory: UPath, index: Index) -> None:
-    """Publish the index: from now on the checkpoint exists. Raises `BadCheckpoint` on missing pieces."""
-    check_coverage(index)
-    publish(directory / INDEX, (index.model_dump_json(indent=1) + "\n").encode())
+    """Publish the index: from now on the checkpoint exists.
+
+    Raises:
+        BadCheckpoint: the pieces do not make a whole.
+        UserError: files are not there as they were written, or the index would be too large.
+    """
+    try:
+        check_index(index)
+        check_sizes(Checkpoint(directory, index))
+    except ValueError as e:
+        raise BadCheckpoint(f"{directory / INDEX}: {e}") from None
+    except BadCheckpoint as e:
+        raise UserError(f"{e}; do all workers write to the same storage?") from None
+    data = index.to_bytes()
+    if len(data) > MAX_INDEX_BYTES:
+        pieces = f"{len(index.fragments):,} fragments of {index.world_size} workers"
+        raise UserError(f"{directory / INDEX}: {pieces} are too many; a lower train.zero_stage makes fewer")
+    publish(directory / INDEX, data)
+    listed = {INDEX, *(f.file for f in index.files)}
+    for path in children(directory):  # of an attempt that died while saving, or of a damaged checkpoint
+        if path.name not in listed:
+            remove(path)
+
+
+def clear(run_dir: str, step: int) -> list[int]:
+    """Delete what is no checkpoint: directories without an index, which dead attempts left, and all after `step`.
+
+    Training goes on with `step`; if there is a later one, it was found to be damaged. Returns the steps.
+    """
+    left = [(s, path) for s, path in _directories(run_dir) if s > step or not exists(path / INDEX)]
+    for _, path in left:
+        _remove_checkpoint(path)
+    return sorted(s for s, _ in left)
+
+
+def remove_after(run_dir: str, step: int, attempt: int) -> list[int]:
+    """Delete checkpoints of later steps that this attempt or an earlier one saved; returns their steps."""
+    gone = []
+    for found in committed(run_dir):
+        if isinstance(found, Checkpoint) and found.index.step > step and found.index.attempt <= attempt:
+            _remove_checkpoint(found.path)
+            gone.append(found.index.step)
+    return gone
 
 
 def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
     """Delete all but the newest `keep` checkpoints and every `keep_every`-th step; returns the deleted steps.
 
-    Directories without an index are what dead attempts left; those older than the newest checkpoint go too.
+    Directories without an index, of saves that failed, go too where they are older than the newest checkpoint.
     """
     committed = sorted(step for step, path in _directories(run_dir) if exists(path / INDEX))
     kept = set(committed[-keep:]) | {s for s in committed if keep_every and s % keep_every == 0}
     gone = [(s, path) for s, path in _directories(run_dir) if committed and s < committed[-1] and s not in kept]
     for _, path in gone:
-        remove(path / INDEX)  # first it stops to exist, then its files go
-        remove_tree(path)
+        _remove_checkpoint(path)
     return sorted(s for s, _ in gone)
+
+
+def _remove_checkpoint(path: UPath) -> None:
+    if _is_link(path):
+        remove(path)  # what it leads to is not ours
+        return
+    with contextlib.suppress(IsADirectoryError):  # somebody's joke
+        remove(path / INDEX)  # first it stops to exist, then its files go
+    remove_tree(path)
 
 
 # ---------------------------------------------------------------------- finding and checking
 
 
+def steps(run_dir: str) -> list[int]:
+    """Steps whose checkpoint was committed, newest first; it need not be good, nor there any more."""
+    logged = rundir.saved_step(run_dir)
+    found = {step for step, path in _directories(run_dir) if exists(path / INDEX) or _is_link(path)}
+    if logged > max(found, default=0):
+        found.add(logged)
+    return sorted(found, reverse=True)
+
+
+def open_step(run_dir: str, step: int) -> Checkpoint:
+    """The checkpoint of a step, its index checked; the files are not looked at. Raises `BadCheckpoint`."""
+    path = step_directory(run_dir, step)
+    try:
+        return Checkpoint(path, read_index(path))
+    except BadCheckpoint as e:
+        raise BadCheckpoint(str(e), step) from None
+
+
 def committed(run_dir: str) -> Iterator[Checkpoint | BadCheckpoint]:
-    """All checkpoints with an index, newest first; an unreadable index comes as `BadCheckpoint`."""
-    for _, path in sorted(_directories(run_dir), reverse=True):
-        if not exists(path / INDEX):
-            continue
+    """All committed checkpoints, newest first; those whose index is missing or unreadable come as `BadCheckpoint`."""
+    for step in steps(run_dir):
         try:
-            yield Checkpoint(path, read_index(path))
+            yield open_step(run_dir, step)
         except BadCheckpoint as e:
             yield e
 
 
 def newest(run_dir: str) -> Checkpoint | None:
-    """The newest checkpoint with a readable index and files of the right size; hashes are not computed."""
-    for checkpoint in committed(run_dir):
-        if isinstance(checkpoint, Checkpoint):
-            with contextlib.suppress(BadCheckpoint):
-                check_sizes(checkpoint)
-                return checkpoint
+    """The newest checkpoint with a readable index and files of the right size; None if there never was one.
+
+    Hashes are not computed.
+
+    Raises:
+        NoneLeft: there were some, but none is good.
+    """
+    problem: BadCheckpoint | None = None
+    for found in committed(run_dir):
+        if isinstance(found, BadCheckpoint):
+            problem = problem or found
+            continue
+        try:
+            check_sizes(found)
+        except BadCheckpoint as e:
+            problem = problem or e
+        else:
+            return found
+    if problem is not None:
+        raise NoneLeft(run_dir, str(problem))
     return None
 
 
+class NoneLeft(UserError):
+    """A run had checkpoints, but none is good."""
+
+    def __init__(self, run_dir: str, problem: str) -> None:
+        super().__init__(f"{run_dir}: no good checkpoint is left: {problem}")
+
+
 def read_index(path: UPath) -> Index:
-    """The checked index of a checkpoint directory. Raises `BadCheckpoint`."""
+    """The checked index of a checkpoint's directory. Raises `BadCheckpoint`."""
     try:
-        index = Index.model_validate_json(read_bytes(path / INDEX))
-    except (ValidationError, OSError, ValueError) as e:
-        reason = e.errors(include_url=False)[0]["msg"] if isinstance(e, ValidationError) else str(e)
-        raise BadCheckpoint(f"{path / INDEX}: not a valid index: {reason}") from None
-    check_coverage(index)
+        if _is_link(path):
+            raise BadCheckpoint(f"{path}: a symbolic link, not a directory")
+        size = plain_files(path).get(INDEX)
+        if size is None:
+            raise BadCheckpoint(f"{path / INDEX}: missing, or not a plain file")
+        if size > MAX_INDEX_BYTES:
+            raise BadCheckpoint(f"{path / INDEX}: {size:,} bytes are too many for an index")
+        index = Index.model_validate(_parse(read_bytes(path / INDEX)))
+        check_index(index)
+    except ValidationError as e:
+        problem = e.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BadCheckpoint(f"{path / INDEX}: not a valid index: {where}: {problem['msg']}") from None
+    except (OSError, ValueError) as e:
+        raise BadCheckpoint(f"{path / INDEX}: not a valid index: {e}") from None
+    if path.name != f"step-{index.step:08d}":
+        raise BadCheckpoint(f"{path / INDEX}: of another step, {index.step}")
     return index
 
 
-def check_coverage(index: Index) -> None:
-    """Every element of every parameter in exactly one fragment of each of its kinds. Raises `BadCheckpoint`."""
+def _parse(data: bytes) -> dict[str, Any]:
+    """The table in index.json, without its hash. Raises `ValueError`."""
+    first, _, rest = data.partition(b"\n")
+    match = re.fullmatch(rb'\{"sha256":"([0-9a-f]{64})",', first)
+    if match is None or hashlib.sha256(rest).hexdigest() != match[1].decode():
+        raise ValueError("content differs from its sha256")
+    try:
+        table = json.loads(b"{" + rest, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return dict(table)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def check_index(index: Index) -> None:
+    """Each element of every parameter in exactly one fragment of each of its kinds; files made of their fragments.
+
+    Raises `ValueError`.
+    """
     spans: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     files = {f.file for f in index.files}
     for f in index.fragments:
         if f.parameter not in index.parameters:
-            raise BadCheckpoint(f"step {index.step}: fragment of an unknown parameter {f.parameter}")
+            raise ValueError(f"fragment of an unknown parameter {f.parameter}")
         if f.file not in files:
-            raise BadCheckpoint(f"step {index.step}: fragment in an unlisted file {f.file}")
+            raise ValueError(f"fragment in an unlisted file {f.file}")
+        if f.kind not in index.kinds(f.parameter):
+            raise ValueError(f"{f.parameter} has no {f.kind}")
         spans[f.parameter, f.kind].append(f)
     for name, shape in index.parameters.items():
-        for kind in kinds(index.config.get("optim", {}).get("name", "adamw"), name, len(shape)):
+        for kind in index.kinds(name):
             end = 0
             for f in sorted(spans[name, kind], key=lambda f: f.start):
                 if f.start != end:
-                    raise BadCheckpoint(f"step {index.step}: {name} {kind}: missing or repeated at {end}")
+                    raise ValueError(f"{name} {kind}: missing or repeated at {end}")
                 end += f.length
             if end != math.prod(shape):
-                raise BadCheckpoint(f"step {index.step}: {name} {kind}: {end} of {math.prod(shape)} elements")
+                raise ValueError(f"{name} {kind}: {end} of {math.prod(shape)} elements")
+    if len(files) != len(index.files):
+        raise ValueError("a file is listed twice")
+    made = Checkpoint(UPath(), index).files
+    for file in index.files:
+        if file.bytes != made[file.file].bytes:
+            raise ValueError(f"{file.file} has {file.bytes:,} bytes, its fragments make {made[file.file].bytes:,}")
+        if len(file.sha256) != made[file.file].pieces:
+            raise ValueError(f"{file.file} has {len(file.sha256)} hashes for {made[file.file].pieces} pieces")
+    if "optimizer_steps" not in index.scalars:
+        raise ValueError("no optimizer_steps")
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
     """Every file there, at its size. Raises `BadCheckpoint`."""
+    sizes = plain_files(checkpoint.path)
     for f in checkpoint.index.files:
-        path = checkpoint.path / f.file
-        try:
-            size = file_size(path)
-        except FileNotFoundError:
-            raise BadCheckpoint(f"{path}: missing") from None
+        path, size = checkpoint.path / f.file, sizes.get(f.file)
+        if size is None:
+            raise BadCheckpoint(f"{path}: missing, or not a plain file", checkpoint.index.step)
         if size != f.bytes:
-            raise BadCheckpoint(f"{path}: {size:,} bytes, the index says {f.bytes:,}")
+            raise BadCheckpoint(f"{path}: {size:,} bytes, the index says {f.bytes:,}", checkpoint.index.step)
 
 
-def verify(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> None:
-    """Sizes of all files, hashes of every `shares`-th one from `share` on. Raises `BadCheckpoint`."""
+def verify(checkpoint: Checkpoint) -> None:
+    """Sizes and hashes of all files. Raises `BadCheckpoint`."""
     check_sizes(checkpoint)
-    for f in checkpoint.index.files[share::shares]:
-        if sha256_of(checkpoint.path / f.file) != f.sha256:
-            raise BadCheckpoint(f"{checkpoint.path / f.file}: content differs from its sha256")
+    _run((file, read) for file in checkpoint.files.values() for read in checks(file))
 
 
-def check_fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    """Raises `UserError` where the checkpoint's parameters are not those of the model."""
+class Misfit(UserError):
+    """A checkpoint of another model."""
+
+
+def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises `Misfit` where the checkpoint's parameters are not those of the model."""
     saved = {name: tuple(shape) for name, shape in checkpoint.index.parameters.items()}
     for name in [*shapes, *saved]:
         if saved.get(name) != shapes.get(name):
             has = f"shape {list(saved[name])}" if name in saved else "no such parameter"
             wants = f"shape {list(shapes[name])}" if name in shapes else "no such parameter"
-            raise UserError(
+            raise Misfit(
                 f"{source}: model: does not fit the checkpoint {checkpoint.path}: {name}: saved {has}, "
                 f"the model has {wants}; choose another name or the model it was saved with"
             )
@@ -237,43 +500,79 @@ def check_fits(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], sourc
 
 
 def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
-    """Fill fragments from a checkpoint, reading only the slices that overlap them. Raises `BadCheckpoint`."""
+    """Fill fragments from a checkpoint, reading and checking only what holds them.
+
+    Raises:
+        BadCheckpoint: damaged, or something is not in it; some fragments may be filled.
+    """
     saved: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     for f in checkpoint.index.fragments:
         saved[f.parameter, f.kind].append(f)
     slices: dict[str, list[Slice]] = defaultdict(list)
     for want in wanted:
-        end = want.start + want.tensor.numel()
+        end, found = want.start + want.tensor.numel(), 0
         for have in saved[want.parameter, want.kind]:
             low, high = max(want.start, have.start), min(end, have.start + have.length)
             if low < high:
                 target = want.tensor[low - want.start : high - want.start]
-                slices[have.file].append(Slice(have.key, have.length, low - have.start, target))
-    sizes = {f.file: f.bytes for f in checkpoint.index.files}
-    for name in sorted(slices):
+                slices[have.file].append(Slice(have.key, low - have.start, target))
+                found += high - low
+        if found != want.tensor.numel():
+            raise BadCheckpoint(f"{checkpoint.path}: does not hold {want.parameter} {want.kind}", checkpoint.index.step)
+    check_sizes(checkpoint)
+    files = checkpoint.files
+    _run((files[name], read) for name in sorted(slices) for read in reads(files[name], slices[name]))
+
+
+def _run(calls: Iterable[tuple[FragmentFile, Read]]) -> None:
+    """Several at a time. Raises `BadCheckpoint`, which names the first bad file."""
+    todo = list(calls)
+    local = not todo or is_local(todo[0][0].path)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if local else REMOTE_READS) as threads:
+        futures = [(file, threads.submit(read)) for file, read in todo]
         try:
-            read_slices(checkpoint.path / name, sizes[name], slices[name])
-        except BadFile as e:
-            raise BadCheckpoint(f"{checkpoint.path / name}: {e}") from None
+            for file, future in futures:
+                try:
+                    future.result()
+                except BadFile as e:
+                    raise BadCheckpoint(f"{file.path}: {e}") from None
+                except FileNotFoundError:
+                    raise BadCheckpoint(f"{file.path}: missing") from None
+                except OSError as e:
+                    if not local:
+                        raise
+                    raise BadCheckpoint(f"{file.path}: cannot be read: {e.strerror or e}") from None
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The whole fp32 weights, name → tensor, on the CPU."""
-    weights = {name: torch.empty(math.prod(shape)) for name, shape in checkpoint.index.parameters.items()}
+    """The whole fp32 weights, name → tensor, on the CPU. Raises `BadCheckpoint`, and `UserError` if they do not fit."""
+    shapes = checkpoint.index.parameters
+    need, have = 4 * sum(map(math.prod, shapes.values())), psutil.virtual_memory().available
+    if need > have:
+        raise UserError(f"{checkpoint.path}: the weights take {need:,} bytes; {have:,} of memory are free")
+    check_sizes(checkpoint)  # before room is made for what it says
+    weights = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
     load(checkpoint, [Fragment(name, "weight", 0, tensor) for name, tensor in weights.items()])
-    return {name: t.view(checkpoint.index.parameters[name]) for name, t in weights.items()}
+    return {name: t.view(shapes[name]) for name, t in weights.items()}
+
+
+def _is_link(path: UPath) -> bool:
+    return is_local(path) and bool(path.is_symlink())
 
 
 def _directories(run_dir: str) -> list[tuple[int, UPath]]:
     paths = children(location(run_dir) / "checkpoints")
-    matches = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in paths)
+    matches = ((re.fullmatch(r"step-([0-9]{8,18})", path.name), path) for path in paths)
     return [(int(match[1]), path) for match, path in matches if match]
 
 
 def describe(checkpoint: Checkpoint | BadCheckpoint, run_dir: str) -> dict[str, Any]:
     """One row of `checkpoint ls --json`."""
     if isinstance(checkpoint, BadCheckpoint):
-        return {"step": None, "path": run_dir, "valid": False, "reason": str(checkpoint)}
+        path = str(step_directory(run_dir, checkpoint.step))
+        return {"step": checkpoint.step, "path": path, "valid": False, "reason": str(checkpoint)}
     try:
         check_sizes(checkpoint)
         reason = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,8 @@ class Engine:
 
         if device.type == "cpu":
             _build_cpu_collectives()
+            # DeepSpeed refuses fp16 on CPUs that have no units for it; torch computes it on all.
+            get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_init_required=False)
         config = _deepspeed_config(run, self.world_size, self.gas)
         working = DTYPES[run.train.precision]
@@ -135,14 +138,14 @@ class Engine:
 
     # ------------------------------------------------------------------ training
 
-    def forward_backward(self, tokens: Tensor, *, padding: bool) -> Tensor:
-        """Mean loss of one micro-batch, its gradient accumulated.
+    def forward_backward(self, tokens: Tensor, *, padding: bool, spoilt: bool = False) -> Tensor:
+        """Mean loss of one micro-batch, its gradient accumulated, which is NaN where it is `spoilt`.
 
         tokens: int64 [micro, T+1]; result: fp32 scalar, detached, without gradient scaling. A padding
         micro-batch weighs nothing: it keeps the ranks' collectives in step where M does not divide.
         """
         loss: Tensor = self.ds(tokens)
-        self.ds.backward(loss * (0.0 if padding else self._weight))
+        self.ds.backward(loss * (math.nan if spoilt else 0.0 if padding else self._weight))
         at_boundary = self.ds.is_gradient_accumulation_boundary()
         if not at_boundary:
             self.ds.step()  # only counts the micro-batch

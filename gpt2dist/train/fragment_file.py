@@ -1,125 +1,185 @@
-"""Slices of safetensors files, local or remote, without reading the rest.
+"""Files of fp32 slices, in the safetensors format, local or remote: only what is needed is read, and all of it checked.
 
 The format: 8 bytes, the little-endian length of the header; the header, JSON: tensor → dtype, shape, [begin, end)
-in what follows; the numbers. Local files are read by the safetensors library, which cannot read remote ones.
+in what follows; the numbers. What is in a file is known before it is opened (from a checkpoint's index), so the header
+is made here, not parsed. A file is hashed in pieces, so that a part of it can be trusted without reading the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from upath import UPath
 
-from gpt2dist.config import Section
-from gpt2dist.storage import is_local, read_ranges
+from gpt2dist.storage import read_range
 
-MAX_HEADER_BYTES = 100_000_000
-"""The library's own limit."""
-BATCH_BYTES = 256 << 20
-"""Of remote slices that are held in memory at a time."""
+READ_BYTES = 8 << 20
+"""Read at a time, by each thread."""
+Read = Callable[[], None]
+"""One of several that may go on at the same time."""
 
 
 class BadFile(Exception):
-    """Not a file of 1-D fp32 tensors, or not the expected ones; the message says what is wrong."""
+    """Not the file that it should be; the message says what is wrong."""
+
+
+def header(tensors: Mapping[str, int]) -> bytes:
+    """Everything before the numbers; tensors: name → elements, in the order of the file."""
+    entries, end = {}, 0
+    for name, length in tensors.items():
+        entries[name] = {"dtype": "F32", "shape": [length], "data_offsets": [end, end + 4 * length]}
+        end += 4 * length
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class FragmentFile:
+    """A file, and what should be in it."""
+
+    path: UPath
+    tensors: Mapping[str, int]
+    """Name → elements, in the order of the file."""
+    sha256: list[str]
+    """Of each piece."""
+    piece_bytes: int
+    """Size of a piece; the last one may be shorter."""
+
+    @cached_property
+    def header(self) -> bytes:
+        """Everything before the numbers."""
+        return header(self.tensors)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Tensor → where its numbers begin."""
+        ends = itertools.accumulate((4 * n for n in self.tensors.values()), initial=len(self.header))
+        return dict(zip(self.tensors, ends, strict=False))
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + 4 * sum(self.tensors.values())
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces it has."""
+        return -(-self.bytes // self.piece_bytes)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements [start, start + len(target)) of a tensor, to be copied into `target`: fp32, 1-D."""
+    """Elements [start, start + len(target)) of a tensor, to be copied into `target`: fp32, 1-D, contiguous."""
 
-    key: str
-    length: int
-    """Elements of the whole tensor."""
+    name: str
     start: int
     target: Tensor
 
 
-def read_slices(path: UPath, size: int, slices: Iterable[Slice]) -> None:
-    """Fill all targets from the file, which has `size` bytes.
+class PieceHashes:
+    """sha256 of each piece of a stream of bytes."""
 
-    Raises:
+    def __init__(self, piece_bytes: int) -> None:
+        self.piece_bytes = piece_bytes
+        self._ended: list[str] = []
+        self._current, self._size = hashlib.sha256(), 0
+
+    def update(self, data: memoryview) -> None:
+        """The next bytes of the stream."""
+        while len(data):
+            part = data[: self.piece_bytes - self._size]
+            self._current.update(part)
+            self._size += len(part)
+            data = data[len(part) :]
+            if self._size == self.piece_bytes:
+                self._ended.append(self._current.hexdigest())
+                self._current, self._size = hashlib.sha256(), 0
+
+    def hex(self) -> list[str]:
+        """The hashes, that of the piece which is not full included."""
+        return [*self._ended, self._current.hexdigest()] if self._size else list(self._ended)
+
+
+def reads(file: FragmentFile, slices: Iterable[Slice]) -> Iterator[Read]:
+    """What to do to fill all targets: read the pieces that hold them, and check each before it is used.
+
+    Each raises:
         BadFile: not what the file should be.
         FileNotFoundError: there is no file.
     """
-    if is_local(path):
-        _read_local(path, slices)
-    else:
-        _read_remote(path, size, slices)
-
-
-def _read_local(path: UPath, slices: Iterable[Slice]) -> None:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for s in slices:
-                s.target.copy_(file.get_slice(s.key)[s.start : s.start + s.target.numel()])
-    except SafetensorError as e:
-        raise BadFile(str(e)) from None
-
-
-def _read_remote(path: UPath, size: int, slices: Iterable[Slice]) -> None:
-    offsets = _offsets(path, size)
-    batch: list[tuple[Slice, int]] = []
-    held = 0
+    wanted = []
     for s in slices:
-        if s.key not in offsets or offsets[s.key][1] - offsets[s.key][0] != 4 * s.length:
-            raise BadFile(f"no tensor {s.key} of {s.length:,} elements")
-        if held + 4 * s.target.numel() > BATCH_BYTES:
-            _copy(path, batch)
-            batch, held = [], 0
-        batch.append((s, offsets[s.key][0] + 4 * s.start))
-        held += 4 * s.target.numel()
-    _copy(path, batch)
+        begin = file.offsets[s.name] + 4 * s.start
+        wanted.append((begin, begin + 4 * len(s.target), s.target.view(torch.uint8)))
+    needed = {p for begin, end, _ in wanted for p in _pieces(file, begin, end)}
+    return _reads(file, sorted(needed.union(_pieces(file, 0, len(file.header)))), wanted)
 
 
-def _copy(path: UPath, batch: list[tuple[Slice, int]]) -> None:
-    pieces = read_ranges(path, [(at, at + 4 * s.target.numel()) for s, at in batch])
-    for (s, _), data in zip(batch, pieces, strict=True):
-        if len(data) != 4 * s.target.numel():
-            raise BadFile(f"{s.key}: the file ends too early")
-        s.target.copy_(torch.frombuffer(bytearray(data), dtype=torch.float32))
+def checks(file: FragmentFile) -> Iterator[Read]:
+    """What to do to check the whole file; see `reads`."""
+    return _reads(file, range(file.pieces), [])
 
 
-class _Tensor(Section):
-    """An entry of the header."""
-
-    dtype: str = Field(pattern="^F32$")
-    shape: tuple[int] = Field(strict=False)
-    data_offsets: tuple[int, int] = Field(strict=False)
+_Wanted = tuple[int, int, Tensor]
+"""Bytes [begin, end) of the file, and where they go."""
 
 
-_HEADER = TypeAdapter(dict[str, _Tensor])
+def _pieces(file: FragmentFile, begin: int, end: int) -> range:
+    return range(begin // file.piece_bytes, -(-end // file.piece_bytes))
 
 
-def _offsets(path: UPath, size: int) -> dict[str, tuple[int, int]]:
-    """Tensor → [begin, end) in the file. The tensors must fill the file one after the other."""
-    (data,) = read_ranges(path, [(0, min(8, size))])
-    length = int.from_bytes(data, "little")
-    if len(data) != 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        raise BadFile("not a safetensors file: its header has an impossible length")
-    (text,) = read_ranges(path, [(8, 8 + length)])
-    try:
-        header: Any = json.loads(text)
-        if isinstance(header, dict):
-            header.pop("__metadata__", None)
-        tensors = _HEADER.validate_python(header)
-    except (ValueError, RecursionError) as e:
-        what = e.errors(include_url=False)[0]["msg"] if isinstance(e, ValidationError) else str(e)
-        raise BadFile(f"not a safetensors file of 1-D fp32 tensors: {what}") from None
-    first = end = 8 + length
-    offsets = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
-        low, high = (first + offset for offset in tensor.data_offsets)
-        if low != end or high - low != 4 * tensor.shape[0] or tensor.shape[0] < 0:
-            raise BadFile(f"not a safetensors file: {name} lies where it cannot")
-        offsets[name] = (low, high)
-        end = high
-    if end != size:
-        raise BadFile(f"not a safetensors file: {size:,} bytes, its header says {end:,}")
-    return offsets
+def _reads(file: FragmentFile, pieces: Iterable[int], wanted: list[_Wanted]) -> Iterator[Read]:
+    runs = list(_runs(pieces, max(1, READ_BYTES // file.piece_bytes)))
+    starts = [run.start * file.piece_bytes for run in runs]
+    parts: dict[int, list[_Wanted]] = defaultdict(list)
+    for item in wanted:
+        for i in range(bisect_right(starts, item[0]) - 1, len(runs)):
+            if starts[i] >= item[1]:
+                break
+            parts[i].append(item)
+    return (partial(_read, file, run, parts[i]) for i, run in enumerate(runs))
+
+
+def _runs(pieces: Iterable[int], most: int) -> Iterator[range]:
+    """Consecutive numbers together, at most `most`; `pieces` is sorted."""
+    run = range(0)
+    for piece in pieces:
+        if len(run) and piece == run.stop and len(run) < most:
+            run = range(run.start, piece + 1)
+        else:
+            if len(run):
+                yield run
+            run = range(piece, piece + 1)
+    if len(run):
+        yield run
+
+
+def _read(file: FragmentFile, run: range, wanted: list[_Wanted]) -> None:
+    first = run.start * file.piece_bytes
+    end = min(run.stop * file.piece_bytes, file.bytes)
+    data = read_range(file.path, first, end)
+    if len(data) != end - first:
+        raise BadFile(f"ends at byte {first + len(data):,} of {file.bytes:,}")
+    hashes = PieceHashes(file.piece_bytes)
+    hashes.update(memoryview(data))
+    for piece, found in zip(run, hashes.hex(), strict=True):
+        if found != file.sha256[piece]:
+            low, high = piece * file.piece_bytes, min((piece + 1) * file.piece_bytes, file.bytes)
+            raise BadFile(f"content differs from its sha256 (bytes {low:,} to {high:,})")
+    expected = file.header[first:end]
+    if data[: len(expected)] != expected:
+        raise BadFile("its header is not that of the numbers which should be in it")
+    numbers = torch.frombuffer(data, dtype=torch.uint8)
+    for begin, stop, target in wanted:
+        low, high = max(begin, first), min(stop, end)
+        target[low - begin : high - begin].copy_(numbers[low - first : high - first])

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState, SchedulingState
 from upath import UPath
 
 from gpt2dist.config import RunConfig, UserError
@@ -22,9 +25,14 @@ from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove, remove_tree
-from gpt2dist.train import checkpoint, rundir
-from gpt2dist.train.worker import DATASET, WorkerFailed, root_cause, train_worker
+from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
+from gpt2dist.train import checkpoint, resume, rundir
+from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
+
+BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
+"""Wait before a restart: nothing after the first failure in a row, then 5 s, 15 s, 35 s and so on."""
+RESIZE_SAVE_S = 600.0
+"""How long a group may take to save before it is resized."""
 
 
 class TrainingFailed(Exception):
@@ -39,6 +47,8 @@ class Preflight:
     """Step at which training goes on; 0 for a new run."""
     finished: bool
     """Nothing is left to do."""
+    changes: list[resume.Change]
+    """What the run file has changed since the newest checkpoint."""
 
 
 def preflight(run: RunConfig, source: str) -> Preflight:
@@ -72,55 +82,44 @@ def preflight(run: RunConfig, source: str) -> Preflight:
             f"{run.batch.micro_sequences}; raise prepare.val_fraction or set eval.every_steps = 0"
         )
     check_writable(run.run_dir)
-    found = checkpoint.newest(run.run_dir)
+    try:
+        found = checkpoint.newest(run.run_dir)
+    except checkpoint.NoneLeft as e:
+        raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
     if found is None:
         hf.check_init(run, source)
-        return Preflight(0, finished=False)
+        return Preflight(0, finished=False, changes=[])
+    changed = compare(run, found, data)
+    if reason := resume.refusal(changed, run.data.allow_changed):
+        raise UserError(f"{source}: {reason}")
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    if found.index.data_fingerprint != data.fingerprint and not run.data.allow_changed:
-        raise UserError(
-            f"{source}: data.path: the run was trained on data set {found.index.data_fingerprint[:16]}, "
-            f"{data} is {data.fingerprint[:16]}; to go on all the same: --set data.allow_changed=true"
-        )
-    optimizer = found.index.config["optim"].get("name", "adamw")
-    if optimizer != run.optim.name:
-        raise UserError(
-            f'{source}: optim.name = "{run.optim.name}", but the run was started with "{optimizer}", whose moments are '
-            "of another kind; choose another name for a new run"
-        )
-    _check_same_order(run, found.index.config, source)
-    return Preflight(found.index.step, finished=found.index.step >= run.stop_step)
+    return Preflight(found.index.step, found.index.step >= run.stop_step, changed)
 
 
-def _check_same_order(run: RunConfig, saved: dict[str, Any], source: str) -> None:
-    """The keys that map steps to samples must stay; changed, a resume would lose or repeat some."""
-    now = run.model_dump(mode="json")
-    for key in ("seed", "data.seq_len", "data.shuffle_window", "batch.micro_sequences", "batch.micro_batches"):
-        before, after = (_get(table, key) for table in (saved, now))
-        if before != after:
-            raise UserError(
-                f"{source}: {key} = {after}, but the run was started with {before}: other samples would follow; "
-                "choose another name for a new run"
-            )
-
-
-def _get(table: dict[str, Any], key: str) -> Any:
-    value: Any = table
-    for part in key.split("."):
-        value = value[part]
-    return value
+def compare(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
+    """How the run differs from the one that saved the checkpoint."""
+    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute()
+    index = found.index
+    return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)
 
 
 class TrainJob:
-    """A run in progress. Ray must be initialized; training goes on in a thread of this process."""
+    """A run in progress. Ray must be initialized; training goes on in a thread of this process.
 
-    def __init__(self, run: RunConfig) -> None:
+    One call of Ray Train is one worker group; when it ends, for whatever reason, it is decided here whether another
+    one goes on.
+    """
+
+    def __init__(self, run: RunConfig, began: float, changes: Sequence[resume.Change] = ()) -> None:
+        """began: Unix time at which the command began, from which start-up counts; changes: see `Preflight`."""
         self.run = run.absolute()
-        directory = location(self.run.run_dir)
-        remove(directory / rundir.STOP_FILE)
-        publish(directory / "config.toml", self.run.to_toml().encode())
+        self._events = rundir.events_log(self.run.run_dir)
+        rundir.withdraw(self.run.run_dir)
+        self._resolve()
+        changed = [change.to_json() for change in changes]
+        self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, daemon=True)
+        self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
 
     def done(self) -> bool:
@@ -129,54 +128,115 @@ class TrainJob:
 
     def request_stop(self) -> None:
         """Save after the current step, and end."""
-        publish(location(self.run.run_dir) / rundir.STOP_FILE, b"")
+        rundir.request(self.run.run_dir, rundir.STOP)
+
+    def left(self) -> None:
+        """Log that the command has ended; at its very end, so that it is known until when it took time."""
+        self._events.try_append({"time": time.time(), "event": "exit"})
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
         if self._error is not None:
             raise failed(self._error) from self._error
-        last = rundir.events_log(self.run.run_dir).read()[-1]
-        if last["event"] == "non_finite":
-            raise TrainingFailed(last["cause"])
 
-    def _fit(self) -> None:
+    def _train(self) -> None:
         scratch = location(self.run.run_dir) / "ray"
         try:
             remove_tree(scratch)
-            self._fit_with(scratch)
+            self._train_to_the_end(scratch)
         except BaseException as e:  # handed to the main thread by check()
             self._error = e
         finally:
             with contextlib.suppress(StorageError):  # the storage is away: that is the error already
                 remove_tree(scratch)
-                remove(location(self.run.run_dir) / rundir.STOP_FILE)
+                rundir.withdraw(self.run.run_dir)
 
-    def _fit_with(self, scratch: UPath) -> None:
+    def _train_to_the_end(self, scratch: UPath) -> None:
+        limit = self.run.cluster.max_failures
+        failures, saved = 0, self._saved_step()
+        while True:
+            try:
+                end = str(self._worker_group(scratch).fit().return_value)
+            except ray.train.TrainingFailedError as error:
+                if not _is_preemption(error):
+                    before, saved = saved, self._saved_step()
+                    failures = 1 if saved > before else failures + 1
+                    if 0 <= limit < failures:
+                        raise
+                    pause = BACK_OFF_S * (2 ** (failures - 1) - 1)
+                    if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
+                        return
+            else:
+                if end.startswith(GIVEN_UP):
+                    raise TrainingFailed(end.removeprefix(GIVEN_UP))
+                if end in ("finished", "stopped"):
+                    return
+                failures = 0
+                if end == "rewound":
+                    self._resolve()
+            if rundir.requested(self.run.run_dir) == rundir.RESIZE:
+                rundir.withdraw(self.run.run_dir)
+            self._events.try_append({"time": time.time(), "event": "restart"})
+
+    def _resolve(self) -> None:
+        """Leave out what rewinds have left out, and write the resolved configuration."""
+        self.run = rundir.with_rewinds(self.run, self._events.read())
+        publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
+
+    def _saved_step(self) -> int:
+        found = checkpoint.newest(self.run.run_dir)
+        return found.index.step if found else 0
+
+    def _stopped_while_waiting(self, seconds: float) -> bool:
+        """Wait before the next start; whether the end was asked for meanwhile, when no worker could see it."""
+        end = time.monotonic() + seconds
+        while rundir.requested(self.run.run_dir) != rundir.STOP:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(min(1.0, seconds))
+        return True
+
+    def _worker_group(self, scratch: UPath) -> TorchTrainer:
         run = self.run
-        # Ray's own bookkeeping is used once and thrown away: resuming is ours.
-        gpus = run.cluster.gpus_per_worker
+        gpus, accelerator = run.cluster.gpus_per_worker, run.cluster.accelerator
         resources = {"CPU": run.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-        trainer = TorchTrainer(
+        # Ray's own bookkeeping is used once and thrown away, and so is its count of failures: resuming is ours.
+        return TorchTrainer(
             train_worker,
             train_loop_config={"run": run.model_dump_json()},
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=run.cluster.workers, use_gpu=gpus > 0, resources_per_worker=resources
+                num_workers=run.cluster.workers,
+                use_gpu=gpus > 0,
+                resources_per_worker=resources,
+                label_selector={"ray.io/accelerator-type": accelerator} if accelerator else None,
+                elastic_resize_monitor_interval_s=run.cluster.resize_interval_s,
             ),
             run_config=RayRunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
                 **ray_storage(scratch),
-                failure_config=FailureConfig(max_failures=run.cluster.max_failures),
-                callbacks=[FailureLog(run.run_dir)],
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                callbacks=[FailureLog(run.run_dir), SaveBeforeResize(run.run_dir)],
             ),
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),
         )
-        trainer.fit()
+
+
+def _is_preemption(error: BaseException) -> bool:
+    """Whether a machine was taken away with notice, which is nobody's failure."""
+    if isinstance(error, ray.train.PreemptionError):
+        return True
+    causes = map(root_cause, error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else ()
+    return any(isinstance(cause, ray.exceptions.RayActorError) and cause.preempted for cause in causes)
 
 
 def failed(error: BaseException) -> TrainingFailed:
     """What ended a Ray Train job, as its cause in one line."""
+    if isinstance(error, TrainingFailed):
+        return error
+    if isinstance(error, UserError):
+        return TrainingFailed(str(error))
     if isinstance(error, ray.train.WorkerGroupError):
         return TrainingFailed(first_cause(error.worker_failures))
     text = str(error.controller_failure) if isinstance(error, ray.train.ControllerError) else str(error)
@@ -200,6 +260,41 @@ class StartStep:
     def __call__(self) -> int:
         """Reads events.jsonl."""
         return int([e for e in rundir.events_log(self.run_dir).read() if e["event"] == "start"][-1]["step"])
+
+
+class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
+    """Ray Train ends a group that it resizes without a word: this lets it save first, from Ray Train's controller."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self._running = False
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Ray Train calls this at every change of state."""
+        self._running = isinstance(current_state, RunningState) or (
+            self._running and isinstance(current_state, (ResizingState, SchedulingState))
+        )
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Ray Train calls this before it ends the group, or starts the first one."""
+        if not self._running:
+            return
+        self._running = False
+        try:
+            ends = len(self._ends())
+            rundir.request(self.run_dir, rundir.RESIZE)
+            end = time.monotonic() + RESIZE_SAVE_S
+            while len(self._ends()) == ends and time.monotonic() < end:
+                time.sleep(0.5)
+            if rundir.requested(self.run_dir) == rundir.RESIZE:
+                rundir.withdraw(self.run_dir)
+            event = {"time": time.time(), "event": "resize", "workers": resize_decision.num_workers}
+            rundir.events_log(self.run_dir).append(event)
+        except (OSError, StorageError) as e:  # then the steps since the last checkpoint are done again
+            print(f"no save before resizing: {e}", flush=True)
+
+    def _ends(self) -> list[Any]:
+        return [e for e in rundir.events_log(self.run_dir).read() if e["event"] == "end"]
 
 
 class FailureLog(UserCallback):  # type: ignore[misc]
@@ -228,4 +323,6 @@ def first_cause(failures: dict[int, Exception]) -> str:
         text = "its process died"
     else:
         text = f"{type(cause).__name__}: {cause}"
+    if "by peer" in text and "gloo" in text:  # the other one is not yet known to be dead
+        text = "lost the connection to another worker"
     return f"worker {rank}: {text.splitlines()[0]}"

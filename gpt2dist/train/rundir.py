@@ -1,16 +1,41 @@
 """The files of a run directory, readable from storage alone.
 
-config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl, log.txt.
+config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl, log.txt; after a hang stacks/.
 """
 
 from __future__ import annotations
 
-from gpt2dist.storage import JsonLines, location
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-STOP_FILE = "stop"
-"""While this file is in the run directory, the run saves and ends after the step that it is on."""
+from gpt2dist.config import RunConfig, UserError
+from gpt2dist.storage import JsonLines, file_size, is_local, location, publish, read_bytes, remove
+
+REQUEST_FILE = "request"
+"""While this file is in the run directory, the worker group saves and ends after the step that it is on."""
+STACKS = "stacks"
+"""Directory of the stacks of ranks that hung."""
+POLL_S = 3.0
+"""Between two looks for a request on an object store."""
+STOP, RESIZE = "stop", "resize"
+"""What the file may say: end the run, or only this group, so that another one of another size goes on."""
+MAX_CONFIG_BYTES = 1 << 20
 METRICS_FLUSH_S = 5.0
 """On an object store, metrics reach metrics.jsonl at most this many seconds late."""
+
+
+def config_text(run_dir: str) -> bytes:
+    """The content of config.toml.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is no run file.
+    """
+    path = location(run_dir) / "config.toml"
+    if (is_local(path) and path.exists() and not path.is_file()) or file_size(path) > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: not a run file")
+    return read_bytes(path)
 
 
 def metrics_log(run_dir: str) -> JsonLines:
@@ -26,3 +51,77 @@ def ledger_log(run_dir: str) -> JsonLines:
 def events_log(run_dir: str) -> JsonLines:
     """events.jsonl: starts, commits, failures, the end."""
     return JsonLines(location(run_dir) / "events.jsonl")
+
+
+def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rewinds of a run: what each left out stays out for ever."""
+    return [event for event in events if event["event"] == "rewind"]
+
+
+def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
+    """The run with what its rewinds have left out in `data.skip`, beside what the run file leaves out."""
+    found = {(first, end) for event in rewinds(events) for first, end in event["positions"]}
+    data = run.data.model_copy(update={"skip": sorted({*run.data.skip, *found})})
+    return run.model_copy(update={"data": data})
+
+
+def saved_step(run_dir: str) -> int:
+    """Step of the newest checkpoint that events.jsonl knows of, so that one which is gone is missed; 0: of none."""
+    for event in reversed(events_log(run_dir).read()):
+        if event.get("event") in ("commit", "start") and type(event.get("step")) is int:
+            return int(event["step"])
+        if event.get("event") == "rewind":  # later ones were deleted on purpose
+            return 0
+    return 0
+
+
+def request(run_dir: str, what: str) -> None:
+    """Ask the worker group for `STOP` or `RESIZE`; a stop is never replaced."""
+    if requested(run_dir) == STOP:
+        return
+    path = location(run_dir) / REQUEST_FILE
+    try:
+        publish(path, what.encode())
+    except OSError:
+        if what != STOP or not is_local(path):
+            raise
+        path.touch()  # on a full disk an empty file may still be made, and it says the same
+
+
+def requested(run_dir: str) -> str:
+    """`STOP`, `RESIZE`, or nothing."""
+    try:
+        text = read_bytes(location(run_dir) / REQUEST_FILE).decode()
+    except FileNotFoundError:
+        return ""
+    return text if text == RESIZE else STOP  # also a file that a person has made by hand
+
+
+class Requests:
+    """Looks for a request; on an object store now and then, and without waiting for it."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self._local = is_local(location(run_dir))
+        self._thread = ThreadPoolExecutor(1, "requests")
+        self._look: Future[str] | None = None
+        self._not_before = 0.0
+
+    def newest(self) -> str:
+        """What `requested` said last; nothing while the storage is away."""
+        if self._local:
+            return requested(self.run_dir)
+        found = ""
+        if self._look is not None and self._look.done():
+            found = "" if self._look.exception() else self._look.result()
+            self._look = None
+        now = time.monotonic()
+        if self._look is None and now >= self._not_before:
+            self._not_before = now + POLL_S
+            self._look = self._thread.submit(requested, self.run_dir)
+        return found
+
+
+def withdraw(run_dir: str) -> None:
+    """Take a request back."""
+    remove(location(run_dir) / REQUEST_FILE)

@@ -10,7 +10,7 @@ from gpt2dist import storage
 from gpt2dist.config import RunConfig, UserError, parse_toml
 from gpt2dist.model import gpt2, hf
 from gpt2dist.model.gpt2 import GPT2, GPT2Config
-from gpt2dist.train import checkpoint
+from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.peak import DTYPES
 
 
@@ -36,17 +36,17 @@ class SavedModel:
         return gpt2.assemble(self.config, self.weights).eval().to(device, DTYPES[precision])
 
 
-def open_model(location: str, step: int | None = None, *, verify: bool = False) -> SavedModel:
+def open_model(location: str, step: int | None = None) -> SavedModel:
     """The newest good checkpoint of a run directory, or the one of `step`; or a Hugging Face model.
 
-    With `verify` the hashes of a checkpoint's files are computed.
+    All that is read of a checkpoint is checked against its hashes.
 
     Raises:
         UserError: nothing of the kind lies there, or it is damaged.
     """
     directory = storage.location(location)
     try:
-        run = parse_toml(storage.read_bytes(directory / "config.toml"), f"{location}/config.toml")
+        run = parse_toml(rundir.config_text(location), f"{location}/config.toml")
     except (FileNotFoundError, NotADirectoryError):
         if not storage.exists(directory / hf.CONFIG):
             raise UserError(
@@ -57,9 +57,9 @@ def open_model(location: str, step: int | None = None, *, verify: bool = False) 
         return SavedModel(hf.read_config(location), hf.read_weights(location))
     try:
         found = find_checkpoint(location, step)
-        if verify:
-            checkpoint.verify(found)
         config = GPT2Config.from_run(run)
+        if config.n_layer > len(found.index.parameters):  # before so many blocks are made
+            raise UserError(f"{location}/config.toml: model.n_layer: does not fit the checkpoint {found.path}")
         checkpoint.check_fits(found, gpt2.parameter_shapes(config), f"{location}/config.toml")
         return SavedModel(config, checkpoint.load_weights(found).__getitem__, run, found.index.step)
     except checkpoint.BadCheckpoint as e:
@@ -72,9 +72,8 @@ def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkp
         if (found := checkpoint.newest(location)) is None:
             raise UserError(f"{location}: no checkpoint yet")
         return found
-    path = checkpoint.step_directory(location, step)
-    if not storage.exists(path / checkpoint.INDEX):
+    if step not in checkpoint.steps(location):
         raise UserError(f"{location}: no checkpoint of step {step}; see: gpt2dist checkpoint ls {location}")
-    found = checkpoint.Checkpoint(path, checkpoint.read_index(path))
+    found = checkpoint.open_step(location, step)
     checkpoint.check_sizes(found)
     return found

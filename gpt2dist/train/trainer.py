@@ -6,35 +6,51 @@ learning rate, each micro-batch's dropout seed. No Ray here; a stream of batches
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from upath import UPath
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
+from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, positions
 from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import exists, is_local, location, remove_tree
-from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
+from gpt2dist.storage import StorageError
+from gpt2dist.train import checkpoint, divergence, ledger, rundir
+from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
+from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
+from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
 from gpt2dist.train.profile import Profile
+from gpt2dist.train.resume import changes, order_id
+from gpt2dist.train.saver import Outcome, Saver, Written
+from gpt2dist.train.savetimes import SaveTimes
+from gpt2dist.train.spent import by_attempt
+from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
 """Steps between two collections of cyclic garbage; left to Python they come at any time, on each rank at another."""
-STOP_POLL_S = 3.0
-"""Between two looks for the stop file on an object store."""
+NOTICE_POLL_S = 2.0
+"""Between two questions whether a machine will be taken away."""
+
+NAMED_DOCUMENTS = 1000
+"""Of a divergence, in events.jsonl."""
+
+End = Literal["finished", "stopped", "preempted", "resized", "rewound"]
+"""Why a worker group ended on purpose; after the last three, another one goes on."""
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -50,27 +66,61 @@ def _collect_by_hand() -> None:
     gc.disable()
 
 
-class NonFiniteGradients(Exception):
-    """`train.max_skipped` steps in a row had gradients that are not finite; the message names them."""
+class Diverged(Exception):
+    """`train.max_skipped` steps in a row had non-finite gradients, or no rewind helps; the message says which."""
+
+
+def _unflatten(values: list[float], like: list[list[float]]) -> Iterator[list[float]]:
+    rest = iter(values)
+    return (list(itertools.islice(rest, len(part))) for part in like)
+
+
+class NotSaved(Exception):
+    """The last state could not be saved; the message says why."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What some rank wants after a step, and how the save in flight is doing; summed over the ranks."""
+
+    stop: float = 0.0
+    """1: a person asked for it; 2: the group is to be resized."""
+    leave: float = 0.0
+    """The machine goes soon: the last save has to begin now."""
+    save: float = 0.0
+    ask: float = 0.0
+    """Time to ask whether a machine will be taken away."""
+    busy: float = 0.0
+    """Ranks that are still writing."""
+    failed: float = 0.0
+    """Ranks that could not write."""
 
 
 class Trainer:
     """One rank's part of a run, from the newest good checkpoint to `stop_step`."""
 
-    def __init__(self, run: RunConfig, engine: Engine) -> None:
-        self.run, self.engine = run, engine
+    def __init__(self, run: RunConfig, engine: Engine, notice: Callable[[], Notice | None] = lambda: None) -> None:
+        """`notice`: whether a machine of the group will be taken away; a collective."""
+        self.run, self.engine, self.ask_notice = run, engine, notice
         self.rank, self.world_size = engine.rank, engine.world_size
         self.data = Mixture.open(run)
+        self.order = order_id(run.model_dump(mode="json"), self.data.fingerprint)
         self.metrics = rundir.metrics_log(run.run_dir)
         self.ledger = rundir.ledger_log(run.run_dir)
         self.events = rundir.events_log(run.run_dir)
         self.step = 0  # steps done; the next one has this number
         self.attempt = 0
-        self.stop_file = location(run.run_dir) / rundir.STOP_FILE
-        self.look_for_stop = 0.0  # not before this time
+        self.requests = rundir.Requests(run.run_dir)
+        self.next_ask = 0.0
+        self.notice: Notice | None = None
+        self.leave_at = float("inf")
         self.saved_step = -1
-        self.saved_time = time.monotonic()
+        self.ledger_end = 0  # steps that have a line
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
+        self.saver: Saver
+        self.times: SaveTimes
+        self.divergence: Divergence
+        self.watchdog: Watchdog
         self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
         self.profile = Profile(run, self.rank)
@@ -84,62 +134,75 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def train(self, batches: Iterator[StepBatch]) -> None:
+    def train(self, batches: Iterator[StepBatch]) -> End:
         """Train up to `stop_step`, evaluating and saving as the run file says; ends saved.
 
         Raises:
-            NonFiniteGradients: in too many steps in a row.
+            Diverged: non-finite gradients in too many steps in a row, or no rewind helps any more.
+            NotSaved: the storage did not take the last state.
         """
-        run = self.run
+        run, every = self.run, self.run.eval.every_steps
         with ThreadPoolExecutor(1) as reader:  # the stream starts up while the validation loss is computed
             first = reader.submit(lambda: list(itertools.islice(batches, 1)))
-            if self.step == 0 and run.eval.every_steps:
-                self._event("eval", step=0, val_loss=self.evaluate())
+            if self.step == 0 and every:
+                start = time.perf_counter()
+                loss = self.evaluate()
+                self._event("eval", step=0, val_loss=loss, seconds=time.perf_counter() - start)
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
+        end: End = "finished"
         while self.step < run.stop_step:
             self.profile.before(self.step)
-            metrics, stop, save = self.train_step(batches)
-            last = self.step == run.stop_step
-            every = run.eval.every_steps
+            metrics, wishes = self.train_step(batches)
             if every and (self.step % every == 0 or self.step == run.train.steps):
-                metrics["val_loss"] = self.evaluate()
+                start = time.perf_counter()
+                metrics |= {"val_loss": self.evaluate(), "eval_s": time.perf_counter() - start}
+            self._alive()
             self._log(metrics)
-            if "val_loss" in metrics:
-                self.metrics.flush()
-            self._stop_if_not_finite()
-            every = run.checkpoint.every_steps
-            if last or stop or save or (every and self.step % every == 0):
-                self.save()
+            if self._diverged(metrics):
+                return "rewound"
+            self.times.step(metrics["step_s"])
+            self._save_in_background(wishes)
+            if wishes.ask:
+                self._look_for_notice(metrics["step_s"])
             if self.step % COLLECT_EVERY == 0:
                 gc.collect()
-            if stop:
+            if wishes.stop or wishes.leave:
+                end = "preempted" if wishes.leave else "resized" if wishes.stop > 1 else "stopped"
                 break
+        self.save()
         self.profile.close(self.step)
-        end = {"finished": self.step == run.train.steps, "epochs": self._epochs(), "skipped": self._count_skipped()}
-        self._event("end", step=self.step, **end)
+        if self.step == run.stop_step:
+            end = "finished" if self.step == run.train.steps else "stopped"
+        counts = {"epochs": self._epochs(), "skipped": self._skipped()}
+        self._event("end", step=self.step, reason=end, finished=end == "finished", **counts)
+        return end
 
     def close(self) -> None:
-        """Write the metrics that wait, also after a failure."""
-        self.metrics.flush()
+        """Write the log lines that wait, also after a failure."""
+        self._flush()
+        if self.attempt:
+            self.watchdog.close()
+            self.saver.close()
 
-    def train_step(self, batches: Iterator[StepBatch]) -> tuple[dict[str, Any], bool, bool]:
-        """One step of the whole group; returns its metrics, whether to stop, and whether to save."""
+    def train_step(self, batches: Iterator[StepBatch]) -> tuple[dict[str, Any], Wishes]:
+        """One step of the whole group; returns its metrics, and what the ranks want now."""
         start = time.perf_counter()
         batch = next(batches)
         data_wait = time.perf_counter() - start
         losses = self.forward_backward(batch)  # ends by reading the losses, so all its work is done
         forward_backward = time.perf_counter() - start - data_wait
         lr = learning_rate(self.run.optim, self.step, self.run.train.steps)
+        held = self.saver.hold()
+        self.save_seconds += held
         result = self.engine.step(lr)  # ends by reading the norm
-        optimizer = time.perf_counter() - start - data_wait - forward_backward
+        optimizer = time.perf_counter() - start - held - data_wait - forward_backward
         # One all-reduce carries losses and peaks (each rank its own, 0 elsewhere: the sum is exact) and the wishes.
         peaks = [0.0] * self.world_size
         peaks[self.rank] = float(self.engine.memory.bytes())
-        mine = [self._wants_stop(), self._wants_save(), *peaks, *losses]
-        stop, save, *both = self.engine.sum_over_ranks(mine)
-        peaks, losses = both[: self.world_size], both[self.world_size :]
-        seconds = time.perf_counter() - start
+        mine = [losses, peaks, self._wishes()]
+        losses, peaks, wishes = _unflatten(self.engine.sum_over_ranks([v for part in mine for v in part]), mine)
+        seconds = time.perf_counter() - start - held
         metrics = {
             "step": self.step,
             "loss": sum(losses) / len(losses),
@@ -153,6 +216,8 @@ class Trainer:
             "checkpoint_s": self.save_seconds,
             "step_s": seconds,
             "peak_memory_bytes": int(max(peaks)),
+            "attempt": self.attempt,
+            "time": time.time(),
         }
         self.save_seconds = 0.0
         if result.applied:
@@ -163,7 +228,7 @@ class Trainer:
                 self.skipped[self.step] = batch.ids
         self.uncommitted.append(batch.ids)
         self.step += 1
-        return metrics, stop > 0, save > 0
+        return metrics, Wishes(*wishes)
 
     def forward_backward(self, batch: StepBatch) -> list[float]:
         """Accumulate this rank's gradients; returns the losses of the M micro-batches, 0 for other ranks' ones."""
@@ -173,7 +238,8 @@ class Trainer:
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
             torch.manual_seed(dropout_seed(self.run.seed, self.step, micro_batch))
-            loss = self.engine.forward_backward(tokens, padding=padding)
+            spoilt = self.step in self.run.train.nan_at
+            loss = self.engine.forward_backward(tokens, padding=padding, spoilt=spoilt)
             if not padding:
                 pending.append((micro_batch, loss))
         for micro_batch, loss in pending:  # read only now: a read waits for the device
@@ -196,102 +262,180 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def restore(self) -> None:
-        """Load the newest checkpoint that is whole, and open a new attempt."""
-        for step in self._agree([c.index.step for c in self._committed()]):
-            found = checkpoint.step_directory(self.run.run_dir, step)
-            try:
-                candidate = Checkpoint(found, checkpoint.read_index(found))
-                checkpoint.verify(candidate, self.rank, self.world_size)
-                problem = ""
-            except BadCheckpoint as e:
-                problem = str(e)
-            problems = [p for p in self.engine.gather_objects(problem) if p]
-            if problems:
-                self._event("bad_checkpoint", step=step, reason=problems[0])
-                continue
-            checkpoint.load(candidate, self.engine.fragments(owned=False))
-            self.engine.state_changed()
-            self.engine.load_scalars(candidate.index.scalars)
-            self.step = self.saved_step = step
-            before, now = candidate.index.data_fingerprint, self.data.fingerprint
-            if before != now:
-                self._event("data_changed", step=step, before=before, now=now)
-            break
+        """Load the newest checkpoint that is whole, and open a new attempt.
+
+        Raises:
+            NoneLeft: there are some, but all are damaged.
+        """
+        steps: list[int] = []
+        if self.rank == 0:  # what was saved after a divergence had begun
+            for rewind in rundir.rewinds(self.events.read()):
+                checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
+            steps = checkpoint.steps(self.run.run_dir)
+        first_problem = ""
+        for step in self._agree(steps):
+            problem = self._load(step)
+            if not problem:
+                break
+            first_problem = first_problem or problem
+            self._event("bad_checkpoint", step=step, reason=problem)
         else:
+            if first_problem:  # to begin again would be another run
+                raise NoneLeft(self.run.run_dir, first_problem)
             if self.run.model.init_from:
                 self.engine.set_weights(hf.read_weights(self.run.model.init_from))
         self._open_attempt()
 
+    def _load(self, step: int) -> str:
+        """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
+        problem = ""
+        try:
+            found = checkpoint.open_step(self.run.run_dir, step)
+            checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
+            checkpoint.load(found, self.engine.fragments(owned=False))
+        except (BadCheckpoint, Misfit) as e:
+            problem = str(e)
+        if problems := [p for p in self.engine.gather_objects(problem) if p]:
+            return str(problems[0])
+        self.engine.state_changed()
+        self.engine.load_scalars(found.index.scalars)
+        self.step = self.saved_step = self.ledger_end = step
+        self._log_change(found.index)
+        return ""
+
     def save(self) -> None:
-        """Write and commit a checkpoint of the current step; nothing if there is one already."""
-        if self.saved_step == self.step:
+        """Wait until the state of the current step is committed. A collective.
+
+        Raises:
+            NotSaved: it was tried for `checkpoint.retry_minutes`.
+        """
+        pause, give_up = 1.0, time.monotonic() + 60 * self.run.checkpoint.retry_minutes
+        while True:
+            self._note(self.saver.finish(self._alive))
+            if self.saved_step == self.step:
+                return
+            self._begin_save()
+            outcome = self.saver.finish(self._alive)
+            self._note(outcome)
+            if outcome is None or not outcome.problem:
+                return
+            if self._agree(time.monotonic() > give_up):
+                newest = f"the newest checkpoint is that of step {self.saved_step}"
+                if self.saved_step <= 0:
+                    newest = "there is no checkpoint"
+                raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}; {newest}")
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def _save_in_background(self, wishes: Wishes) -> None:
+        if not self.saver.busy and not wishes.save:
             return
         start = time.perf_counter()
-        directory = checkpoint.step_directory(self.run.run_dir, self.step)
-        if self.rank == 0:
-            remove_tree(directory)  # left by an attempt that died while saving, or damaged
-        self.engine.barrier()
-        part = checkpoint.write_rank(directory, self.rank, self.engine.fragments(owned=True))
-        parts = self.engine.gather_objects(part)
-        received = np.stack(self.uncommitted).reshape(len(self.uncommitted), -1)
-        ids = self.engine.gather_rows(torch.from_numpy(received)).numpy()
-        if self.rank == 0:
-            self._commit(directory, parts, ids)
-            self._event("commit", step=self.step, seconds=time.perf_counter() - start)
-        self.engine.barrier()
+        self._note(self.saver.advance(wishes.busy, wishes.failed))
+        if wishes.save and not self.saver.busy and self.saved_step != self.step:
+            self._begin_save()
+            if not self.run.checkpoint.background:
+                self._note(self.saver.finish(self._alive))
         self.save_seconds += time.perf_counter() - start
-        self.uncommitted.clear()
-        self.saved_step, self.saved_time = self.step, time.monotonic()
 
-    def _commit(self, directory: UPath, parts: list[Any], ids: Ids) -> None:
-        """Rank 0: the ledger's lines, then the index, then retention. ids: [world, steps, slots]."""
+    def _begin_save(self) -> None:
+        """Take a snapshot of this step and start writing it. A collective."""
+        rows = max(len(ids.reshape(-1)) for ids in self.uncommitted)
+        received = np.full((len(self.uncommitted), rows), PADDING, dtype=np.int64)
+        for row, ids in zip(received, self.uncommitted, strict=True):
+            row[: ids.size] = ids.reshape(-1)
+        everyone = self.engine.gather_rows(torch.from_numpy(received)).numpy()
+        directory = checkpoint.step_directory(self.run.run_dir, self.step)
+        self.saver.begin(self.step, directory, partial(self._commit, self._index(), everyone))
+        self.times.begun()
+
+    def _note(self, outcome: Outcome | None) -> None:
+        """What follows from the end of a save."""
+        if outcome is None:
+            return
+        if outcome.problem:
+            self._event("save_failed", step=outcome.step, reason=outcome.problem)
+        else:
+            del self.uncommitted[: outcome.step - max(0, self.saved_step)]
+            self.saved_step = outcome.step
+            self._event("commit", step=outcome.step, seconds=outcome.seconds, stall_s=outcome.stall)
+        if (reasoning := self.times.ended(outcome)) and self.rank == 0:
+            self._event("save_interval", **reasoning)
+
+    def _index(self) -> checkpoint.Index:
+        """The index of this step, but for what the ranks will have written."""
+        return checkpoint.Index(
+            step=self.step,
+            position=self.step * self.run.global_batch,
+            data_fingerprint=self.data.fingerprint,
+            config=self.run.model_dump(mode="json"),
+            world_size=self.world_size,
+            zero_stage=self.run.train.zero_stage,
+            attempt=self.attempt,
+            scalars=self.engine.scalars(),
+            parameters={n: list(s) for n, s in gpt2.parameter_shapes(self.engine.model_config).items()},
+            files=[],
+            fragments=[],
+        )
+
+    def _commit(self, index: checkpoint.Index, ids: Ids, written: Written) -> None:
+        """Rank 0, in the background: the ledger's lines, then the index, then retention. ids: [world, steps, slots]."""
         starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
-        first = self.step - ids.shape[1]
-        data = self.data.fingerprint
+        first = index.step - ids.shape[1]
         self.ledger.append(
             *(
-                ledger.entry(self.run, first + i, ids[:, i], self.world_size, self.attempt, data)
-                for i in range(ids.shape[1])
+                ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, self.order)
+                for step in range(max(first, self.ledger_end), index.step)
             )
         )
+        self.ledger_end = index.step
         self.ledger.sync()
         self.metrics.sync()
-        checkpoint.commit(
-            directory,
-            checkpoint.Index(
-                step=self.step,
-                position=self.step * self.run.global_batch,
-                data_fingerprint=self.data.fingerprint,
-                config=self.run.model_dump(mode="json"),
-                world_size=self.world_size,
-                zero_stage=self.run.train.zero_stage,
-                attempt=self.attempt,
-                scalars=self.engine.scalars(),
-                parameters={n: list(s) for n, s in gpt2.parameter_shapes(self.engine.model_config).items()},
-                files=[file for file, _ in parts],
-                fragments=[f for _, table in parts for f in table],
-            ),
-        )
+        index = index.model_copy(update={"files": written.files, "fragments": written.fragments})
+        checkpoint.commit(written.directory, index)
         checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
 
     def _open_attempt(self) -> None:
-        """Drop what earlier attempts logged but did not commit, and log the start of this one."""
+        """Drop what earlier attempts left but did not commit, and log the start of this one."""
         if self.rank == 0:
+            checkpoint.clear(self.run.run_dir, self.step)
             attempts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
             self.attempt = max(attempts, default=0) + 1
             self.ledger.keep(lambda line: bool(line["step"] < self.step))
             redone = self.metrics.keep(lambda line: bool(line["step"] < self.step))
-            self._event(
-                "start",
-                attempt=self.attempt,
-                step=self.step,
-                world_size=self.world_size,
-                zero_stage=self.run.train.zero_stage,
-                redone_steps=len(redone),
-            )
+            start = {
+                "time": time.time(),
+                "event": "start",
+                "attempt": self.attempt,
+                "step": self.step,
+                "world_size": self.world_size,
+                "zero_stage": self.run.train.zero_stage,
+                "redone_steps": len(redone),
+                "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
+                "redone": [asdict(spent) for spent in by_attempt(redone)],
+            }
+            self.events.append(start)  # without it the stream would not know where to begin
         self.attempt = self._agree(self.attempt)
+        self.saver = Saver(self.engine, self.attempt)
+        self.saver.prepare()
+        before = [row["loss"] for row in self.metrics.tail()][-divergence.WINDOW :] if self.rank == 0 else []
+        train = self.run.train
+        self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
+        self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
+        self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
+        if self.run.checkpoint.every_minutes == "auto":
+            self._event("save_interval", **self.times.reasoning)
+
+    def _log_change(self, index: checkpoint.Index) -> None:
+        """An event where steps train on other samples than the checkpoint's run would have."""
+        before, now = index.data_fingerprint, self.data.fingerprint
+        if order_id(index.config, before) == self.order:
+            return
+        found = changes(index.config, self.run, index.position, before, now)
+        order = [change.to_json() for change in found if change.effect == "order"]
+        self._event("data_changed", step=index.step, before=before, now=now, changes=order)
 
     # ------------------------------------------------------------------ small things
 
@@ -300,9 +444,43 @@ class Trainer:
         epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
-    def _stop_if_not_finite(self) -> None:
-        if len(self.skipped) < self.run.train.max_skipped:
-            return
+    def _diverged(self, metrics: dict[str, Any]) -> bool:
+        """Look at a step's loss and gradients; True: the group has to go back to an earlier checkpoint."""
+        train = self.run.train
+        if not train.rewind:
+            if len(self.skipped) >= train.max_skipped:
+                self._give_up()
+            return False
+        if not self.divergence.add(metrics["loss"], "skipped" not in metrics):
+            return False
+        self.saver.finish(self._alive)
+        first = self.step - train.rewind_after
+        size = self.run.global_batch
+        ranges = list(positions(first * size, self.step * size, self.run.data.skip))
+        if self._agree(len(rundir.rewinds(self.events.read())) if self.rank == 0 else 0) >= train.max_rewinds:
+            raise Diverged(
+                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
+                "(their samples are in events.jsonl)"
+            )
+        if self.rank == 0:
+            self._flush()
+            ids = SampleOrder(self.run, self.data).samples(first * size, self.step * size)
+            split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
+            self._event(
+                "rewind",
+                attempt=self.attempt,
+                steps=[first, self.step],
+                losses=[row["loss"] for row in self.metrics.tail()[-train.rewind_after :]],
+                positions=ranges,
+                samples=ids.tolist(),
+                documents=documents_of(split, ids, NAMED_DOCUMENTS),
+            )
+            self.events.sync()
+        self.engine.barrier()
+        return True
+
+    def _give_up(self) -> None:
+        """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
         ids = self.engine.gather_rows(torch.from_numpy(np.stack(list(self.skipped.values())))).numpy()
         samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
         steps = list(self.skipped)
@@ -312,41 +490,77 @@ class Trainer:
             f"{first} (all of them are in events.jsonl)"
         )
         self._event("non_finite", steps=steps, samples=samples, cause=cause)
-        raise NonFiniteGradients(cause)
+        raise Diverged(cause)
 
-    def _count_skipped(self) -> int:
+    def _skipped(self) -> int:
         """Skipped steps of the whole run; rank 0 only."""
         if self.rank:
             return 0
-        self.metrics.flush()
+        self._flush()
         return sum("skipped" in line for line in self.metrics.read())
 
-    def _wants_stop(self) -> float:
-        now = time.monotonic()
-        if self.rank or now < self.look_for_stop:
-            return 0.0
-        self.look_for_stop = now + (0.0 if is_local(self.stop_file) else STOP_POLL_S)
-        return float(exists(self.stop_file))
+    def _wishes(self) -> list[float]:
+        """This rank's part of `Wishes`; rank 0 speaks for all, but each has its own save."""
+        if self.rank:
+            return [0.0, 0.0, 0.0, 0.0, *self.saver.status()]
+        now = time.time()
+        ask = now >= self.next_ask
+        return [
+            self._request(),
+            float(now >= self.leave_at),
+            float(self.times.due(self.step + 1)),
+            float(ask),
+            *self.saver.status(),
+        ]
 
-    def _wants_save(self) -> float:
-        minutes = self.run.checkpoint.every_minutes
-        due = minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
-        return float(self.rank == 0 and due)
+    def _request(self) -> float:
+        return {"": 0.0, rundir.STOP: 1.0, rundir.RESIZE: 2.0}[self.requests.newest()]
+
+    def _look_for_notice(self, step_seconds: float) -> None:
+        """Ask for a preemption notice; on a new one, decide what is still worth doing. A collective."""
+        self.next_ask = time.time() + NOTICE_POLL_S
+        notice = self.ask_notice()
+        if notice is None or notice == self.notice:
+            return
+        self.notice = notice
+        if self.rank:
+            return
+        now = time.time()
+        need = self.saver.estimate(self.saver.bytes)
+        what = plan(notice, now, need, step_seconds)
+        self.leave_at = what.leave_at if what.action != "lost" else float("inf")
+        if what.action == "save":
+            self.times.ask()
+        self._event(
+            "preemption",
+            ranks=list(notice.ranks),
+            nodes=list(notice.nodes),
+            seconds_left=None if notice.deadline is None else notice.deadline - now,
+            save_takes_s=need,
+            action=what.action,
+            saved_step=max(0, self.saved_step),
+            step=self.step,
+        )
 
     def _to_device(self, tokens: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
-
-    def _committed(self) -> list[Checkpoint]:
-        return [c for c in checkpoint.committed(self.run.run_dir) if isinstance(c, Checkpoint)]
 
     def _agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         return self.engine.gather_objects(value)[0]
 
+    def _alive(self) -> None:
+        self.watchdog.beat(self.step)
+
     def _log(self, metrics: dict[str, Any]) -> None:
         if self.rank == 0:
-            self.metrics.append(metrics)
+            self.metrics.try_append(metrics)
+
+    def _flush(self) -> None:
+        for log in (self.metrics, self.events):
+            with contextlib.suppress(OSError, StorageError):  # the storage is away, or full
+                log.flush()
 
     def _event(self, event: str, **fields: Any) -> None:
         if self.rank == 0:
-            self.events.append({"time": time.time(), "event": event, **fields})
+            self.events.try_append({"time": time.time(), "event": event, **fields})

@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import generation, memory, preparation, stream, training
+from tests.bench import checkpoints, generation, memory, preparation, stream, training
 from tests.bench.common import Row
 from tests.conftest import ROOT
 
@@ -25,6 +25,10 @@ BENCHMARKS = {
     "scaling": training.scaling,
     "generation": generation.speed,
     "memory": memory.rows,
+    "save-stall": checkpoints.stall,
+    "load": checkpoints.load,
+    "save-overhead": checkpoints.overhead,
+    "restart": checkpoints.restart,
 }
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.blocks import local_blocks, split_blocks
+from gpt2dist.data.blocks import StepBatch, local_blocks, split_blocks
 from gpt2dist.model import gpt2
+from gpt2dist.train import rundir
 from gpt2dist.train.checkpoint import newest
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.optim import learning_rate
-from gpt2dist.train.trainer import NonFiniteGradients, Trainer
+from gpt2dist.train.trainer import Diverged, Trainer
 
 
 def train_runs(runs: list[RunConfig]) -> list[dict[str, Any]]:
@@ -31,6 +32,7 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     start = trainer.step
     blocks = local_blocks(run, engine.rank, engine.world_size, start)
     trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, start))
+    trainer.close()
     result = {"start": start, "elements": owned_elements(engine), "scalars": engine.scalars()}
     engine.close()
     return result
@@ -98,12 +100,42 @@ def train_poisoned(run: RunConfig, first: int) -> str:
     blocks = local_blocks(run, engine.rank, engine.world_size, 0)
     try:
         trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, 0))
-    except NonFiniteGradients as e:
+    except Diverged as e:
         return str(e)
     finally:
         trainer.close()
         engine.close()
     return ""
+
+
+def train_with_bad_samples(run: RunConfig, bad: list[int]) -> list[str]:
+    """Train to the end with NaN embeddings wherever a rank's samples are among the `bad` ones; how each group ended."""
+    ends: list[str] = []
+    while not ends or ends[-1] == "rewound":
+        run = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read())
+        engine = Engine(run, torch.device("cpu"))
+        trainer = Trainer(run, engine)
+        trainer.restore()
+        current: set[int] = set()
+        poison(engine, lambda current=current: bool(current & set(bad)))  # type: ignore[misc]
+        blocks = local_blocks(run, engine.rank, engine.world_size, trainer.step)
+
+        batches = split_blocks(blocks, run, engine.rank, engine.world_size, trainer.step)
+        try:
+            ends.append(trainer.train(_noted(batches, current)))
+        except Diverged as e:
+            ends.append(str(e))
+        trainer.close()
+        engine.close()
+    return ends
+
+
+def _noted(batches: Iterator[StepBatch], current: set[int]) -> Iterator[StepBatch]:
+    """The same batches; `current` holds the samples of the newest."""
+    for batch in batches:
+        current.clear()
+        current.update(batch.ids.reshape(-1).tolist())
+        yield batch
 
 
 def owned_elements(engine: Engine) -> int:

@@ -1,4 +1,4 @@
-"""A run that goes on with another data set: refused, allowed, and what is known of it afterwards."""
+"""Another data set, or another order, for a run that goes on: refused, allowed, and what is known of it then."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def test_another_data_set(ranks: Callable[..., list[Any]], make_data: Callable[.
     (Path(after.run_dir) / "config.toml").write_text(after.to_toml())
     (event,) = [e for e in rundir.events_log(after.run_dir).read() if e["event"] == "data_changed"]
     assert (event["step"], event["before"], event["now"]) == (5, was, now)
+    assert [change["key"] for change in event["changes"]] == ["content of data.path"]
     newest = checkpoint.newest(after.run_dir)
     assert newest is not None
     assert (newest.index.step, newest.index.data_fingerprint) == (12, now)
@@ -55,6 +56,31 @@ def test_another_data_set(ranks: Callable[..., list[Any]], make_data: Callable[.
     assert (code, found["samples"], found["unverifiable"]) == (1, 7 * 8, 5 * 8)
     assert (found["steps"], found["gaps"], found["duplicates"]) == (12, 0, 0)
     text = CliRunner().invoke(main, ["audit", after.run_dir]).stdout
-    assert "NOT proven: 40 other samples were of another data set" in text
+    assert "NOT proven: 40 other samples were of another data set or order" in text
     assert audit(after.run_dir, "--set", f"data.path={old}")[1]["samples"] == 5 * 8
     assert audit(after.run_dir, "--set", f"data.path={third}") == (2, {})
+
+
+def test_another_order(ranks: Callable[..., list[Any]], make_data: Callable[..., str], tmp_path: Path) -> None:
+    """Another seed and another batch from step 5 on: each part is proven with its own configuration."""
+    changes: dict[str, Any] = {"data__path": make_data([3000]), "storage": str(tmp_path), "eval__every_steps": 0}
+    ranks(jobs.train_runs, 2, [tiny_run(train__stop_at=5, **changes)])
+    other: dict[str, Any] = {"seed": 4, "batch__micro_batches": 6, **changes}
+    with pytest.raises(UserError) as refused:
+        preflight(tiny_run(**other), "run.toml")
+    for part in ("run.toml: seed: 3 → 4", "batch.micro_batches: 4 → 6", "--set data.allow_changed=true"):
+        assert part in str(refused.value)
+    run = tiny_run(data__allow_changed=True, **other)
+    assert [c.key for c in preflight(run, "run.toml").changes if c.effect == "order"] == ["seed", "batch.micro_batches"]
+    ranks(jobs.train_runs, 2, [run])
+    (Path(run.run_dir) / "config.toml").write_text(run.to_toml())
+    (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "data_changed"]
+    assert event["step"] == 5
+    assert [(c["key"], c["before"], c["now"]) for c in event["changes"]] == [
+        ("seed", 3, 4),
+        ("batch.micro_batches", 4, 6),
+    ]
+    code, found = audit(run.run_dir)
+    assert (code, found["samples"], found["unverifiable"], found["gaps"]) == (1, 7 * 12, 5 * 8, 0)
+    code, found = audit(run.run_dir, "--set", "seed=3", "--set", "batch.micro_batches=4")
+    assert (code, found["samples"], found["unverifiable"], found["gaps"]) == (1, 5 * 8, 7 * 12, 0)

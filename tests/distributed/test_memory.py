@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.bench.memory import ratio
+from tests.bench.memory import DEEP, ratio
+
+CHECKPOINTING = {**DEEP, "train__activation_checkpointing": True}
 
 
 @pytest.mark.slow
@@ -10,3 +14,23 @@ from tests.bench.memory import ratio
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_peak_memory_is_what_the_dry_run_predicts(stage: int) -> None:
     assert 0.9 < ratio("bf16", stage) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (0, {}),
+        (1, DEEP),
+        (2, DEEP),
+        (3, DEEP),
+        (0, CHECKPOINTING),
+        (1, CHECKPOINTING),
+        (2, CHECKPOINTING),
+        (3, CHECKPOINTING),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "checkpointing" if len(value) > 3 else "plain",
+)
+def test_peak_memory_in_fp32_is_what_plan_says(stage: int, changes: dict[str, Any]) -> None:
+    assert 0.9 < ratio("fp32", stage, **changes) < 1.1

@@ -18,13 +18,13 @@ import s3fs
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import local_blocks
-from gpt2dist.storage import location
+from gpt2dist.storage import location, writing
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 from tests.distributed.test_engine import logged
 from tests.ranks import run_ranks
 from tests.ray.test_train import assert_audit, events, steps_done, training, wait_for, write
-from tests.s3 import SECRET_KEY, S3Server, throttled
+from tests.s3 import SECRET_KEY, S3Server, outage, throttled
 from tests.unit.corpora import lines, run_prepare
 
 pytestmark = pytest.mark.s3
@@ -148,6 +148,64 @@ def test_server_away_while_shards_are_read_and_while_saving(
     assert not events(run, "failure")
     assert logged(run) == logged(on_disk)
     assert logged(run, "val_loss") == logged(on_disk, "val_loss")
+
+
+@pytest.mark.timeout(420)
+def test_server_away_for_30_s_during_a_save_and_during_a_load(
+    s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the last file of a checkpoint is sent, and when the first numbers of one are fetched."""
+    monkeypatch.setenv("GPT2DIST_CACHE", str(tmp_path / "cache"))
+    root = f"s3://{BUCKET}/outage"
+    copy_data(s3, on_disk, root)
+    run = run_with(root, cluster__max_failures=0)
+    run_file = str(write(run, tmp_path))
+
+    def a_file_is(method: str) -> Callable[[str, str], bool]:
+        return lambda command, path: command == method and "/rank-00001.safetensors" in path
+
+    with outage(s3, 30, a_file_is("PUT")) as (away, address):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        done(gpt2dist("train", run_file, "--set", "train.stop_at=7", timeout=240))
+    assert away.ended - away.began >= 30
+    trained = [m["step"] for m in map(json.loads, text(run, "metrics.jsonl").splitlines()) if m["time"] > away.began]
+    assert max(m for m in trained) == 6
+    during = [
+        m["step"]
+        for m in map(json.loads, text(run, "metrics.jsonl").splitlines())
+        if away.began < m["time"] < away.ended
+    ]
+    assert during, "training waited for the storage"
+    with outage(s3, 30, a_file_is("GET")) as (away, address):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        done(gpt2dist("train", run_file, timeout=240))
+    assert away.ended - away.began >= 30
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.env["AWS_ENDPOINT_URL"])
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert [(e["attempt"], e["step"]) for e in events(run, "start")] == [(1, 0), (2, 7)]
+    assert not events(run, "failure")
+    assert not events(run, "bad_checkpoint")
+    assert logged(run) == logged(on_disk)
+    assert logged(run, "val_loss") == logged(on_disk, "val_loss")
+    assert_audit(gpt2dist, run, 12)
+
+
+@pytest.mark.timeout(60)
+def test_an_upload_that_is_broken_off_leaves_nothing(s3: S3Server) -> None:
+    path = location(f"s3://{BUCKET}/broken/f")
+
+    def write_half() -> None:
+        with writing(path) as f:
+            for _ in range(5):  # several parts
+                f.write(b"x" * (16 << 20))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    fs = s3.filesystem()
+    assert not fs.exists(f"{BUCKET}/broken/f")
+    uploads = fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", [])
+    assert [u for u in uploads if "broken" in u["Key"]] == []
 
 
 def manifest_of(root: Path, on_s3: str) -> bytes:

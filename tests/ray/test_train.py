@@ -166,6 +166,7 @@ def test_stopped_and_resumed_with_two_one_and_three_workers(
 @pytest.mark.timeout(300)
 def test_killed_worker_restarts_and_ctrl_c_saves(make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path) -> None:
     run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), train__steps=100_000)
+    began = time.time()
     with training(write(run, tmp_path)) as process:
         wait_for(lambda: steps_done(run) >= 6)
         refused = gpt2dist("train", f"{run.name}.toml")
@@ -179,7 +180,11 @@ def test_killed_worker_restarts_and_ctrl_c_saves(make_data: Callable[..., str], 
         wait_for(lambda: steps_done(run) > resumed + 3)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
+        wall = time.time() - began
     assert process.returncode == 0, output
+    spent = json.loads(gpt2dist("goodput", run.run_dir, "--json").stdout)
+    assert sum(spent["seconds"].values()) == pytest.approx(wall, rel=0.02, abs=1)  # short: its last moments count
+    assert (spent["attempts"], spent["failures"]) == (2, 1)
     assert re.search(r"failed: worker \d: its process died", output)
     assert "saving after this step" in output
     assert resumed >= 4

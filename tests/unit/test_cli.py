@@ -10,7 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpt2dist.cli import main
+from gpt2dist.config import load_run
+from gpt2dist.data.shards import read_manifest
+from gpt2dist.model.gpt2 import GPT2, GPT2Config
 from tests.conftest import tiny_run
+from tests.unit.runs import save_run
 from tests.unit.test_checkpoint import save
 
 
@@ -113,7 +117,8 @@ def test_storage_not_writable(run_file: str) -> None:
 
 def test_checkpoint_that_does_not_fit(run_file: str) -> None:
     save(Path("runs/run"))
-    assert_one_line(cli("train", run_file), "run.toml: model: does not fit the checkpoint")
+    result = cli("train", run_file, "--set", "data.allow_changed=true")
+    assert_one_line(result, "run.toml: model: does not fit the checkpoint")
 
 
 def test_initial_weights_that_are_not_there(run_file: str) -> None:
@@ -130,7 +135,7 @@ def test_no_cluster_at_the_address(run_file: str) -> None:
 def test_run_directories_that_are_none(run_file: str) -> None:
     for command in (["generate", "x"], ["evaluate", "x"], ["export", "x", "--output", "y"]):
         assert_one_line(cli(*command), "x: no run directory (config.toml) and no Hugging Face model (config.json)")
-    for command in (["audit", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
+    for command in (["audit", "x"], ["goodput", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
         assert_one_line(cli(*command), "x: no such run directory")
     Path("y").mkdir()
     assert_one_line(cli("audit", "y"), "config.toml: no such file")
@@ -148,8 +153,45 @@ def test_dry_run_starts_nothing(run_file: str) -> None:
     assert numbers["memory_bytes"]["Adam moments"] == 8 * numbers["parameters_padded"] // 2
 
 
+def test_changed_run_file(run_file: str) -> None:
+    """On a run that exists, the dry run says what each changed key means; what cannot go on is refused."""
+    run = load_run(run_file).absolute()
+    run_dir = save_run(run, GPT2(GPT2Config.from_run(run)))  # the data set of this checkpoint is another one
+    Path(run_dir, "config.toml").unlink()
+    fingerprint = read_manifest("data").fingerprint
+    same = ["--set", "data.allow_changed=true"]
+    shown = cli("train", run_file, "--dry-run", "--set", "optim.lr=0.001", *same)
+    assert shown.exit_code == 0, shown.stderr
+    assert "going on from step 4 with changes:" in shown.stdout
+    assert "  optim.lr: 0.003 → 0.001 (safe)" in shown.stdout
+    assert f'  content of data.path: "f" → "{fingerprint[:16]}" (changes the data order)' in shown.stdout
+    refused = cli("train", run_file, "--dry-run", "--set", "seed=4")
+    assert refused.exit_code == 2
+    assert "  seed: 3 → 4 (changes the data order)" in refused.stdout
+    assert "run.toml: seed: 3 → 4" in refused.stderr
+    assert_one_line(
+        cli("train", run_file, "--set", "model.n_head=4", *same), "run.toml: model.n_head: 2 → 4: the saved"
+    )
+    numbers = json.loads(cli("train", run_file, "--dry-run", "--json", "--set", "optim.lr=0.001", *same).stdout)
+    assert numbers["resume"]["step"] == 4
+    lr = {"key": "optim.lr", "before": 0.003, "now": 0.001, "effect": "safe", "reason": ""}
+    assert lr in numbers["resume"]["changes"]
+
+
 @pytest.mark.parametrize(
-    "command", ["prepare", "train", "generate", "evaluate", "export", "audit", "checkpoint ls", "checkpoint verify", ""]
+    "command",
+    [
+        "prepare",
+        "train",
+        "generate",
+        "evaluate",
+        "export",
+        "audit",
+        "checkpoint ls",
+        "checkpoint verify",
+        "goodput",
+        "",
+    ],
 )
 def test_help_has_an_example(command: str) -> None:
     result = cli(*command.split(), "--help")

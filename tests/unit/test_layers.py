@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -10,17 +11,26 @@ from tests.conftest import ROOT
 # From the top down. A module belongs to the longest prefix that fits.
 LAYERS = [
     ["gpt2dist.cli", "gpt2dist.__main__"],
+    ["gpt2dist.commands"],
     ["gpt2dist.cluster", "gpt2dist.report", "gpt2dist.train.launch", "gpt2dist.train.evaluation"],
     ["gpt2dist.train.worker", "gpt2dist.data.prepare"],
     ["gpt2dist.train.trainer", "gpt2dist.train.saved", "gpt2dist.data.stream"],
+    ["gpt2dist.train.savetimes", "gpt2dist.train.watchdog"],
+    ["gpt2dist.train.saver"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
     [
+        "gpt2dist.train.divergence",
+        "gpt2dist.train.interval",
+        "gpt2dist.train.notice",
         "gpt2dist.train.optim",
         "gpt2dist.train.peak",
         "gpt2dist.train.profile",
         "gpt2dist.train.fragment",
         "gpt2dist.train.fragment_file",
+        "gpt2dist.train.interval",
+        "gpt2dist.train.resume",
         "gpt2dist.train.rundir",
+        "gpt2dist.train.spent",
     ],
     ["gpt2dist.model"],
     ["gpt2dist.data"],
@@ -44,6 +54,7 @@ def layer(module: str) -> tuple[int, str]:
     return depth, prefix
 
 
+@functools.cache
 def imports() -> list[tuple[str, str]]:
     found = []
     for path in (ROOT / "gpt2dist").rglob("*.py"):

@@ -9,6 +9,7 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
 from gpt2dist.train.ledger import Audit, audit, entry
+from gpt2dist.train.resume import order_id
 from tests.conftest import tiny_run
 
 Lines = list[dict[str, Any]]
@@ -22,7 +23,8 @@ def run(make_data: Callable[..., str]) -> RunConfig:
 def ledger_of(run: RunConfig, steps: int = 12) -> Lines:
     data = Mixture.open(run)
     order = SampleOrder(run, data)
-    return [entry(run, s, order.step(s), 1 + s % 3, 1 + s // 5, data.fingerprint) for s in range(steps)]
+    name = order_id(run.model_dump(mode="json"), data.fingerprint)
+    return [entry(run, s, order.step(s), 1 + s % 3, 1 + s // 5, name) for s in range(steps)]
 
 
 def result(run: RunConfig, lines: Lines, committed: int = 12) -> Audit:
@@ -57,7 +59,9 @@ def test_other_samples_than_the_order_says(run: RunConfig) -> None:
     lines = ledger_of(run)
     lines[3]["samples_sha256"] = lines[4]["samples_sha256"]
     assert result(run, lines).gaps == 8
-    assert result(run, ledger_of(run.model_copy(update={"seed": 9}))).gaps == 96
+    for line in (lines := ledger_of(run.model_copy(update={"seed": 9}))):
+        line["data"] = Mixture.open(run).fingerprint  # as older versions named the order
+    assert result(run, lines).gaps == 96
 
 
 def test_steps_on_another_data_set_are_not_proven(run: RunConfig, make_data: Callable[..., str]) -> None:
@@ -69,6 +73,20 @@ def test_steps_on_another_data_set_are_not_proven(run: RunConfig, make_data: Cal
     del lines[2]
     lines.append(lines[0])
     assert (result(other, lines).gaps, result(other, lines).duplicates) == (8, 8)
+
+
+@pytest.mark.parametrize("key", ["seed", "data__shuffle_window", "batch__micro_batches"])
+def test_steps_in_another_order_are_not_proven(run: RunConfig, key: str) -> None:
+    """With one of the keys that decide changed at step 5: either part is proven with its own configuration."""
+    other = tiny_run(data__path=run.data.path, **{key: 2})
+    lines = ledger_of(run)[:5] + ledger_of(other)[5:]
+    size = other.global_batch
+    found = result(other, lines)
+    assert (found.samples, found.unverifiable, found.gaps, found.clean) == (7 * size, 5 * 8, 0, False)
+    assert "NOT proven: 40 other samples" in str(found)
+    assert (result(run, lines).samples, result(run, lines).unverifiable) == (5 * 8, 7 * size)
+    lines[7]["samples_sha256"] = lines[8]["samples_sha256"]
+    assert result(other, lines).gaps == size
 
 
 def test_wrong_positions(run: RunConfig) -> None:

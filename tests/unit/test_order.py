@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpt2dist.data.blocks import local_blocks, split_blocks
 from gpt2dist.data.mixture import Component, Mixture
-from gpt2dist.data.order import PADDING, SampleOrder, ids_digest, permutation
+from gpt2dist.data.order import PADDING, SampleOrder, ids_digest, permutation, positions
 from gpt2dist.data.shards import Manifest, Shard, TokenSplit, read_manifest
 from tests.conftest import tiny_run
 
@@ -115,3 +115,15 @@ def test_samples_overlap_by_one_token(make_data: Callable[..., str]) -> None:
 
 PINNED = [546, 429, 407, 40, 478, 284, 91, 555]
 PINNED_PERMUTATION = [2, 0, 3, 4, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=5), st.integers(0, 80), st.integers(0, 40))
+def test_positions_leave_out_what_is_skipped(ranges: list[tuple[int, int]], start: int, count: int) -> None:
+    """Against leaving the positions out one by one."""
+    skip: list[tuple[int, int]] = []
+    for first, length in sorted(ranges):
+        first = max(first, skip[-1][1] if skip else 0)
+        skip.append((first, first + length))
+    left = [p for p in range(400) if not any(first <= p < end for first, end in skip)]
+    found = [p for first, end in positions(start, start + count, skip) for p in range(first, end)]
+    assert found == left[start : start + count]

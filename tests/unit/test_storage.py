@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from upath import UPath
 
 from gpt2dist.config import UserError
-from gpt2dist.storage import JsonLines, check_writable, publish, remove_tree, sha256_of
+from gpt2dist.storage import JsonLines, check_writable, publish, remove_tree, sha256_of, writing
+from tests.disks import Disk, small_disk
 
 
 def test_publish_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +43,103 @@ def test_json_lines_survive_a_torn_line(tmp_path: Path) -> None:
     log.append(records[3])
     assert log.read() == records[:4]
     assert [json.loads(line) for line in open(tmp_path / "log.jsonl")] == records[:4]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        yield disk
+
+
+def test_a_full_disk_takes_all_records_or_none(disk: Disk) -> None:
+    log = JsonLines(UPath(disk.path) / "log.jsonl")
+    log.append({"step": 0})
+    disk.fill()
+    long = [{"step": i, "text": "x" * 100} for i in range(1, 100)]  # more than is left of the block
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            log.append(*long)
+        assert (disk.path / "log.jsonl").read_bytes() == b'{"step": 0}\n'
+    disk.make_room()
+    log.append(*long)
+    assert log.read() == [{"step": 0}, *long]
+
+
+def test_what_could_not_be_written_comes_later_and_in_order(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    log = JsonLines(UPath(disk.path) / "log.jsonl")
+    log.append({"step": 0})
+    disk.fill()
+    records = [{"step": i, "text": "x" * 5000} for i in range(1, 5)]
+    for record in records[:2]:
+        log.try_append(record)  # no exception: a run goes on without its log
+    assert "log.jsonl: not written yet: " in caplog.text
+    with pytest.raises(OSError, match="No space left"):
+        log.sync()  # but nobody may rely on them
+    disk.make_room()
+    log.append(records[2])
+    log.try_append(records[3])
+    assert log.read() == [{"step": 0}, *records]
+    disk.fill()
+    log.try_append({"step": 9, "text": "x" * 5000})
+    disk.make_room()
+    log.sync()
+    assert [r["step"] for r in log.read()] == [0, 1, 2, 3, 4, 9]
+
+
+NO_RECORDS = [
+    b"5\n",
+    b"[1]\n",
+    b"null\n",
+    b'"x"\n',
+    b"\n",
+    b'{"a": \n',
+    b"\xff\xfe\n",
+    b"[" * 50_000 + b"\n",
+    b'{"a": 1}',
+]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS)
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path, line: bytes) -> None:
+    log = JsonLines(UPath(tmp_path) / "log.jsonl")
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 0}\n' + line)
+    assert log.read() == log.tail() == [{"step": 0}]
+    log.append({"step": 1})
+    assert [r for r in log.read() if r != {"a": 1}] == [{"step": 0}, {"step": 1}]
+    log.keep(lambda r: "step" in r)
+    assert (tmp_path / "log.jsonl").read_bytes() == b'{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_a_full_disk_leaves_no_part_of_a_file(disk: Disk, size: int) -> None:
+    path = UPath(disk.path) / "a" / "f"
+    publish(path, b"before")
+    disk.fill(leave=200_000 if size > 200_000 else 0)
+    for write in (lambda: publish(path, b"x" * size), lambda: write_in_pieces(path, size)):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        assert path.read_bytes() == b"before"
+        assert [p.name for p in path.parent.iterdir()] == ["f"]
+    disk.make_room()
+    write_in_pieces(path, size)
+    assert path.read_bytes() == b"x" * size
+
+
+def write_in_pieces(path: UPath, size: int) -> None:
+    with writing(path) as f:
+        for _ in range(10):
+            f.write(b"x" * (size // 10))
+
+
+def test_a_file_that_is_not_written_to_its_end_does_not_appear(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with writing(UPath(tmp_path) / "f") as f:
+            f.write(b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_floats_keep_their_bits(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""A private Ray cluster of several nodes on this machine: real `ray start` processes, on loopback, with a token.
+
+To try out what only several nodes can show, and to break them: a node can be killed, or drained as a cloud does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from gpt2dist.cluster.scratch import temporary_directory
+
+START_S = 60.0
+"""How long a node may take to start."""
+STORE_BYTES = 200 << 20
+NETWORK = "127.0.1"
+"""Loopback addresses of the nodes; Ray takes 127.0.0.1 for another name of the machine's outer address."""
+PR_SET_PDEATHSIG = 1
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+class NodeFailed(Exception):
+    """A node did not start; the message says why."""
+
+
+@dataclass
+class Node:
+    """One `ray start` process and its children."""
+
+    name: str
+    address: str
+    """An IP address of its own."""
+    id: str
+    """Ray's, in hex."""
+    process: subprocess.Popen[bytes]
+    children: dict[int, psutil.Process] = field(default_factory=dict)
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL to all of it, as when a machine loses its power."""
+        family: dict[int, psutil.Process] = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = {p.pid: p for p in psutil.Process(self.process.pid).children(recursive=True)}
+        self.process.kill()
+        for child in family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self.process.wait()
+        psutil.wait_procs(list(family.values()), timeout=10)
+
+
+class LocalCluster:
+    """A head, and any number of nodes that join it; all of them end when `stop` is called.
+
+    Everything lies in a directory of its own; Ray's own files have to, since a socket's path must be short.
+    """
+
+    def __init__(self, head_cpus: float = 0, dashboard: bool = False) -> None:
+        """Raises `NodeFailed`."""
+        self.directory = Path(temporary_directory())
+        self.port = free_port()
+        self.dashboard_port = free_port() if dashboard else 0
+        self.address = f"{NETWORK}.1:{self.port}"
+        self.nodes: list[Node] = []
+        token = self.directory / "token"
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
+        self.env = {
+            # The environment with which a command joins the cluster; its nodes have it too.
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # of `python` in a job
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        }
+        port = [f"--dashboard-host={NETWORK}.1", f"--dashboard-port={self.dashboard_port}"] if dashboard else []
+        head = ["--head", f"--port={self.port}", f"--temp-dir={self.directory}"]
+        self.head = self._start("head", head_cpus, [*head, f"--include-dashboard={dashboard}", *port])
+
+    def add_node(self, cpus: float, *options: str) -> Node:
+        """A new node with so many logical CPUs; `options` for `ray start`. Raises `NodeFailed`."""
+        node = self._start(f"node-{len(self.nodes) + 1}", cpus, [f"--address={self.address}", *options])
+        self.nodes.append(node)
+        return node
+
+    def drain(self, node: Node, seconds: float, reason: str = "taken away on purpose") -> None:
+        """Tell Ray that the node will be taken away in so many seconds, as a cloud's notice does."""
+        command = [RAY, "drain-node", f"--address={self.address}", f"--node-id={node.id}", f"--reason-message={reason}"]
+        how = ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--deadline-remaining-seconds={round(seconds)}"]
+        subprocess.run([*command, *how], env=self.env, check=True, capture_output=True, timeout=60)
+
+    def stop(self) -> None:
+        """End all nodes, the head last, and remove their files."""
+        for node in [*self.nodes, self.head]:
+            if node.alive():
+                node.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self, name: str, cpus: float, options: list[str]) -> Node:
+        id_, address = secrets.token_hex(28), f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
+        log = self.directory / f"{name}.log"
+        command = [RAY, "start", "--block", f"--num-cpus={cpus:g}", f"--object-store-memory={STORE_BYTES}", *options]
+        command += [
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            f"--dashboard-agent-listen-port={free_port()}",  # through which jobs go; Ray's default is one for all
+            "--disable-usage-stats",
+            f"--node-ip-address={address}",
+        ]
+        with log.open("wb") as out:
+            env = {**self.env, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_}
+            env.pop("RAY_ADDRESS")  # `ray start` has it as an option
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_us
+            )
+        node = Node(name, address, id_, process)
+        end = time.monotonic() + START_S
+        while "Ray runtime started" not in (text := log.read_text(errors="replace")):
+            if not node.alive() or time.monotonic() > end:
+                if node.alive():
+                    node.kill()
+                last = text.strip().splitlines()[-1:] or ["it said nothing"]
+                raise NodeFailed(f"{name} did not start: {last[0]}")
+            time.sleep(0.1)
+        return node
+
+
+def _die_with_us() -> None:
+    """Linux: the node gets a SIGTERM when this process dies, and then ends its children."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A free TCP port on loopback, outside the range that Ray keeps for its workers."""
+    while True:
+        with socket.socket() as s:
+            s.bind((f"{NETWORK}.1", 0))
+            port = int(s.getsockname()[1])
+        if not 10002 <= port <= 19999:
+            return port

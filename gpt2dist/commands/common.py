@@ -1,0 +1,56 @@
+"""What all commands share: errors as one line, and options."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from gpt2dist import storage
+from gpt2dist.config import RunConfig, UserError, parse_toml
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns the errors that a user can mend into one line."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as e:
+            fail(str(e), 2)
+
+    return run
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on stderr."""
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+run_dir_argument = click.argument("run_dir", type=click.Path())
+
+
+def existing(run_dir: str) -> str:
+    """The same. Raises `UserError` if there is no such directory."""
+    path = storage.location(run_dir)
+    if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
+        raise UserError(f"{run_dir}: no such run directory")
+    return run_dir
+
+
+def read_config(run_dir: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The configuration of a run directory: that of the last command. Raises `UserError`."""
+    from gpt2dist.train import rundir
+
+    config = f"{existing(run_dir).rstrip('/')}/config.toml"
+    try:
+        return parse_toml(rundir.config_text(run_dir), config, overrides)
+    except FileNotFoundError:
+        raise UserError(f"{config}: no such file") from None

@@ -1,0 +1,78 @@
+"""`gpt2dist chaos` on real clusters: seeded faults, the same losses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2dist.cluster import chaos
+from gpt2dist.config import UserError
+from tests.conftest import tiny_run
+from tests.ray.test_train import Run, write
+
+CHANGES: dict[str, Any] = {
+    "train__steps": 200,
+    "eval__every_steps": 50,
+    "checkpoint__every_steps": 10,
+    "cluster__cpus_per_worker": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("workers", "faults"),
+    [
+        (2, ["kill-worker", "kill-driver", "bad-checkpoint", "disk-full", "storage-away", "nan"]),
+        ([1, 2], ["drain-node", "kill-node", "stall-worker"]),
+    ],
+)
+def test_faults_change_nothing(
+    make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path, workers: Any, faults: list[str]
+) -> None:
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), cluster__workers=workers, **CHANGES)
+    write(run, tmp_path)
+    done = gpt2dist("chaos", "run.toml", "--faults", ",".join(faults), "--seed", "1", "--json", timeout=850)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = json.loads(done.stdout)
+    assert verdict["passed"]
+    assert sorted(f["fault"] for f in verdict["faults"]) == sorted(faults)
+    assert verdict["audit"]["samples"] == 200 * run.global_batch
+    assert Path(verdict["picture"]).stat().st_size > 10_000
+
+
+def test_the_schedule_depends_on_the_seed_alone() -> None:
+    faults = ["kill-worker", "kill-node", "kill-node"]
+    first = chaos.schedule(faults, 100, 1)
+    assert first == chaos.schedule(faults, 100, 1)
+    assert sorted(fault for _, fault in first) == sorted(faults)
+    assert [step for step, _ in first] == sorted(step for step, _ in first)
+    assert all(10 <= step < 90 for step, _ in first)
+    assert len({tuple(chaos.schedule(faults, 100, seed)) for seed in range(10)}) > 5
+
+
+def test_what_cannot_be_broken_is_refused(make_data: Callable[..., str], tmp_path: Path) -> None:
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]))
+    with pytest.raises(UserError, match="--faults: kill-moon: no such fault; there are: kill-worker, "):
+        chaos.compare(run, ["kill-moon"], 0, print)
+    with pytest.raises(UserError, match="chaos damages files"):
+        chaos.compare(tiny_run(storage="s3://bucket/runs", data__path=run.data.path), ["kill-worker"], 0, print)
+    (tmp_path / "run-chaos").mkdir()
+    with pytest.raises(UserError, match="run-chaos: is there already"):
+        chaos.compare(run, ["kill-worker"], 0, print)
+
+
+def test_a_verdict_sees_another_curve_and_lost_samples() -> None:
+    verdict = chaos.Verdict([], 0.0, 0.0, {"duplicates": 0, "gaps": 0}, 1, 0, [2], "a", "b")
+    assert verdict.passed
+    changes: list[dict[str, Any]] = [
+        {"largest_difference": 1e-7},
+        {"audit": {"duplicates": 8, "gaps": 0}},
+        {"audit": {"duplicates": 0, "gaps": 8}},
+    ]
+    for change in changes:
+        assert not chaos.Verdict(**{**vars(verdict), **change}).passed

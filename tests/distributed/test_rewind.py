@@ -1,0 +1,56 @@
+"""A run that diverges on some samples: back to a checkpoint before them, and on without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2dist.config import UserError
+from gpt2dist.data.mixture import Mixture
+from gpt2dist.data.order import SampleOrder
+from gpt2dist.train import ledger, rundir
+from gpt2dist.train.checkpoint import newest
+from gpt2dist.train.launch import preflight
+from tests.conftest import tiny_run
+from tests.distributed import jobs
+from tests.distributed.test_engine import logged
+
+Ranks = Callable[..., list[Any]]
+
+
+@pytest.mark.timeout(180)
+def test_bad_samples_are_left_out_and_named(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """The run that went back equals one that left the samples out from the start, bit for bit."""
+    changes = {"data__path": make_data([3000, 900]), "train__rewind": True, "checkpoint__every_steps": 2}
+    run = tiny_run(storage=str(tmp_path), **changes)
+    bad = SampleOrder(run, Mixture.open(run)).samples(5 * 8, 8 * 8).tolist()
+    (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, bad)
+    assert ends == ["rewound", "finished"]
+    (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "rewind"]
+    assert (event["steps"], event["positions"], event["samples"]) == ([5, 8], [[40, 64]], bad)
+    assert {Path(d["shard"]).name for d in event["documents"]} <= {"train-00000.npy", "train-00001.npy"}
+    assert all(d["begins"] for d in event["documents"])
+
+    clean = tiny_run(name="clean", storage=str(tmp_path), data__skip=[[40, 64]], **changes)
+    ranks(jobs.train_runs, 2, [clean])
+    assert logged(run) == logged(clean)
+    resolved = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read())
+    found = newest(run.run_dir)
+    assert found is not None
+    audit = ledger.audit(resolved, Mixture.open(run), rundir.ledger_log(run.run_dir).read(), found.index.step)
+    assert (audit.skipped, audit.samples, audit.duplicates, audit.gaps) == (24, 12 * 8, 0, 0)
+    assert audit.clean
+    with pytest.raises(UserError, match=r"data\.skip: .*: the samples from position 8 on were trained on already"):
+        preflight(tiny_run(storage=str(tmp_path), data__skip=[[8, 16]], **changes), "run.toml")
+
+
+@pytest.mark.timeout(180)
+def test_a_run_that_diverges_everywhere_stops(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    changes = {"train__rewind": True, "train__max_rewinds": 1, "train__steps": 20}
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), **changes)
+    (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, list(range(1000)))
+    message = "the loss diverged again in steps 0 to 2 after 1 rewinds (their samples are in events.jsonl)"
+    assert ends == ["rewound", message]

@@ -1,0 +1,169 @@
+"""Machines that go, with notice and without, and workers that hang: the curve does not know of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gpt2dist.cluster.local import LocalCluster
+from gpt2dist.config import RunConfig
+from tests.conftest import tiny_run
+from tests.distributed import jobs
+from tests.distributed.test_engine import logged
+from tests.ray.test_train import Run, assert_audit, events, steps_done, training, wait_for, write
+
+TWO_NODES: dict[str, Any] = {
+    "cluster__workers": [1, 2],
+    "cluster__cpus_per_worker": 2,
+    "cluster__resize_interval_s": 5.0,
+    "checkpoint__every_steps": 50,
+    "train__steps": 100_000,
+}
+
+
+@pytest.fixture
+def on_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[LocalCluster], None]:
+    """Commands that start from now on join this cluster."""
+
+    def join(cluster: LocalCluster) -> None:
+        for name, value in cluster.env.items():
+            if name.startswith("RAY_"):
+                monkeypatch.setenv(name, value)
+
+    return join
+
+
+def stop(process: subprocess.Popen[str], run: RunConfig) -> str:
+    """Ctrl-C, some steps after the newest start."""
+    resumed = events(run, "start")[-1]["step"]
+    wait_for(lambda: steps_done(run) >= resumed + 10)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return str(output)
+
+
+def undisturbed(run: RunConfig, ranks: Callable[..., list[Any]], world_size: int) -> dict[int, float]:
+    """The losses of the same run as far as it came, with nothing happening to it, and without Ray."""
+    train = run.train.model_copy(update={"stop_at": steps_done(run)})
+    other = run.model_copy(update={"name": "undisturbed", "train": train})
+    ranks(jobs.train_runs, world_size, [other], timeout=240)
+    return logged(other)
+
+
+@pytest.mark.timeout(420)
+def test_drained_node_costs_no_step(
+    ranks: Callable[..., list[Any]],
+    make_data: Callable[..., str],
+    gpt2dist: Run,
+    tmp_path: Path,
+    on_cluster: Callable[[LocalCluster], None],
+) -> None:
+    """Two workers on two nodes; one is drained with 20 s of notice. The other goes on, with no step done twice."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **TWO_NODES)
+    with LocalCluster() as cluster:
+        cluster.add_node(3)
+        second = cluster.add_node(3)
+        on_cluster(cluster)
+        with training(write(run, tmp_path)) as process:
+            wait_for(lambda: steps_done(run) >= 20)
+            assert events(run, "start")[-1]["world_size"] == 2
+            cluster.drain(second, 20)
+            wait_for(lambda: events(run, "preemption"), 20)
+            wait_for(lambda: any(e["reason"] == "preempted" for e in events(run, "end")), 30)
+            wait_for(lambda: len(events(run, "start")) == 2, 90)
+            second.kill()
+            output = stop(process, run)
+    (notice,) = events(run, "preemption")
+    assert notice["action"] in ("save", "leave")
+    first, again = events(run, "start")
+    assert (first["world_size"], again["world_size"]) == (2, 1)
+    assert again["redone_steps"] == 0
+    assert events(run, "failure") == []
+    assert "taken away" in output
+    assert logged(run) == pytest.approx(undisturbed(run, ranks, 2), abs=1e-5)
+    assert_audit(gpt2dist, run, steps_done(run))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_notice_too_short_for_a_save(
+    make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path, on_cluster: Callable[[LocalCluster], None]
+) -> None:
+    """One second of notice: the last checkpoint it is, and that is said."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **TWO_NODES)
+    with LocalCluster() as cluster:
+        cluster.add_node(3)
+        second = cluster.add_node(3)
+        on_cluster(cluster)
+        with training(write(run, tmp_path)) as process:
+            wait_for(lambda: events(run, "commit"))
+            cluster.drain(second, 1)
+            wait_for(lambda: len(events(run, "start")) == 2, 120)
+            second.kill()
+            stop(process, run)
+    (notice,) = events(run, "preemption")
+    assert notice["action"] == "lost"
+    assert events(run, "start")[1]["redone_steps"] > 0
+    assert_audit(gpt2dist, run, steps_done(run))
+
+
+@pytest.mark.timeout(420)
+def test_group_grows_with_the_cluster_and_shrinks_when_a_node_dies(
+    ranks: Callable[..., list[Any]],
+    make_data: Callable[..., str],
+    gpt2dist: Run,
+    tmp_path: Path,
+    on_cluster: Callable[[LocalCluster], None],
+) -> None:
+    """One node, then two (saved first: nothing is done again), then one of them dies without notice."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **TWO_NODES)
+    with LocalCluster() as cluster:
+        cluster.add_node(3)
+        on_cluster(cluster)
+        with training(write(run, tmp_path)) as process:
+            wait_for(lambda: steps_done(run) >= 20)
+            second = cluster.add_node(3)
+            wait_for(lambda: len(events(run, "start")) == 2, 120)
+            resumed = events(run, "start")[1]["step"]
+            wait_for(lambda: steps_done(run) >= resumed + 60)
+            second.kill()
+            wait_for(lambda: len(events(run, "start")) == 3, 180)
+            stop(process, run)
+    starts = events(run, "start")
+    assert [e["world_size"] for e in starts] == [1, 2, 1]
+    assert starts[1]["redone_steps"] == 0
+    assert [e["workers"] for e in events(run, "resize")] == [2]
+    assert logged(run) == pytest.approx(undisturbed(run, ranks, 2), abs=1e-5)
+    assert_audit(gpt2dist, run, steps_done(run))
+
+
+@pytest.mark.timeout(300)
+def test_stopped_worker_is_found_out(
+    ranks: Callable[..., list[Any]], make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
+) -> None:
+    """SIGSTOP: within the time that is set the stacks of both ranks are written and the group starts again."""
+    run = tiny_run(
+        storage=str(tmp_path), data__path=make_data([30_000]), train__steps=100_000, cluster__hang_timeout_s=5.0
+    )
+    with training(write(run, tmp_path)) as process:
+        wait_for(lambda: steps_done(run) >= 6)
+        workers = [p for p in process.descendants() if "RayTrainWorker" in " ".join(p.cmdline())]  # type: ignore[attr-defined]
+        os.kill(workers[-1].pid, signal.SIGSTOP)
+        wait_for(lambda: events(run, "hang"), 15)
+        wait_for(lambda: len(events(run, "start")) == 2, 60)
+        assert not psutil.pid_exists(workers[-1].pid) or workers[-1].status() == psutil.STATUS_ZOMBIE
+        stop(process, run)
+    stacks = sorted((Path(run.run_dir) / "stacks").iterdir())
+    assert [path.name for path in stacks] == ["attempt-1-rank-00000.txt", "attempt-1-rank-00001.txt"]
+    for path in stacks:
+        assert "trainer.py" in path.read_text()
+    assert logged(run) == undisturbed(run, ranks, 2)
+    assert_audit(gpt2dist, run, steps_done(run))
