@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import codecs
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import tiktoken
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2dist.data.tokenizer import EOT
 from gpt2dist.model.gpt2 import GPT2, KVCache
 
-SLICES = 16
-"""Of a matrix, shared among the threads."""
 TOP_P_GUESS = 256
 """Tokens among which the likeliest top_p of the probability are first looked for."""
 
@@ -37,40 +33,6 @@ class Sampling:
     """A text ends before the first of these strings."""
     stop_tokens: frozenset[int] = frozenset({EOT})
     """A text ends before the first of these token ids."""
-
-
-class Sliced(nn.Module):
-    """A linear layer for few rows, in fp32 on the CPU: slices of Wᵀ, which the threads share.
-
-    For one row torch's own uses one thread; for a few it first lays out all of W, in every call.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        """weight: [out, in]; bias: [out]."""
-        super().__init__()
-        slices = math.gcd(len(weight), SLICES)
-        self.weight = weight.detach().view(slices, -1, weight.shape[1]).transpose(1, 2).contiguous()
-        self.bias = bias.detach().view(slices, 1, -1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, in]; result: [B, T, out]."""
-        rows = x.reshape(1, -1, x.shape[-1]).expand(len(self.weight), -1, -1)
-        out = torch.baddbmm(self.bias, rows, self.weight)
-        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)
-
-
-def prepare(model: GPT2) -> GPT2:
-    """The model, in eval mode and good for generation alone: faster on the CPU in fp32, for a second embedding table."""
-    model.eval().requires_grad_(False)
-    weight = model.wte.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        for block in model.h:
-            for layer, name in itertools.product((block.attn, block.mlp), ("c_attn", "c_fc", "c_proj")):
-                if hasattr(layer, name):
-                    whole = getattr(layer, name)
-                    setattr(layer, name, Sliced(whole.weight, whole.bias))
-        model.head = Sliced(weight, model.head.padding)
-    return model
 
 
 class Generation:

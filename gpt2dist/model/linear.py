@@ -1,12 +1,13 @@
-"""Matrix products in bf16 and fp16 on a CPU without units for them.
+"""Matrix products on CPUs where torch's own are slow.
 
-There torch multiplies in a loop that is several times slower than its fp32 product. So the operands become fp32, which
-is exact, as are the products of two such numbers; sums are fp32, the result is rounded once. Only what is multiplied
-now is held in fp32; backward keeps the 16-bit tensors themselves.
+In bf16 and fp16 without units for them, torch multiplies in a loop that is several times slower than its fp32 product.
+So the operands become fp32, which is exact, as are the products of two such numbers; sums are fp32, the result is
+rounded once. What backward keeps is 16-bit, but for attention.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 16
-"""Up to these many, as when tokens are generated, converting W takes longer than torch's loop."""
+"""Up to these many, as when tokens are generated, a product takes as long as reading W does."""
+SLICES = 16
+"""Of W, which the threads share then."""
 
 _UNITS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
@@ -44,10 +47,22 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x Wᵀ + b, as `F.linear`. x: [..., in]; weight: [out, in]; bias: [out]; result: [..., out]."""
     few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
-    if few or product_dtype(x.dtype, x.device) == x.dtype:
+    if few and x.device.type == "cpu" and x.dtype == torch.float32:
+        return _of_few_rows(x, weight, bias)
+    if few or product_dtype(x.dtype, x.device) == x.dtype:  # for few rows, converting W takes longer than torch's loop
         return F.linear(x, weight, bias)
     out: Tensor = _InFp32.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
+
+
+def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(W xᵀ)ᵀ + b, slices of W one after the other.
+
+    torch's x Wᵀ uses one thread for one row, and for a few lays out all of W anew in every call.
+    """
+    slices = weight.unflatten(0, (math.gcd(len(weight), SLICES), -1))
+    columns = x.flatten(0, -2).t().expand(len(slices), -1, -1)
+    return torch.add(torch.bmm(slices, columns).flatten(0, 1).t(), bias).reshape(*x.shape[:-1], -1).contiguous()
 
 
 class _InFp32(torch.autograd.Function):
