@@ -38,6 +38,7 @@ precision_option = click.option(
     "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="Arithmetic."
 )
 step_option = click.option("--step", type=click.IntRange(min=0), help="Checkpoint of this step; by default the newest.")
+ema_option = click.option("--ema", is_flag=True, help="With the averaged weights (optim.ema_decay).")
 model_argument = click.argument("location", metavar="RUN_DIR|HF_DIR")
 
 
@@ -389,6 +390,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; +1 for each more."
 )
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(min=1), help="Texts computed together.")
+@ema_option
 @precision_option
 @json_option
 @command
@@ -401,6 +403,7 @@ def generate(
     samples: int,
     seed: int,
     batch: int,
+    ema: bool,
     precision: str,
     as_json: bool,
     **options: Any,
@@ -421,7 +424,7 @@ def generate(
     starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
     seeds = [seed + i % samples for i in range(len(starts))]
     sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
-    saved = open_model(location)
+    saved = open_model(location, ema=ema)
     encoding = tokenizer.load(saved.vocab_dir)
     model = saved.load(precision)
     texts = [""] * len(starts)
@@ -458,6 +461,7 @@ def _prompt_lines(file: str) -> list[str]:
 @click.option("--workers", type=click.IntRange(min=1), help="Share the work among Ray Train workers.")
 @address_option
 @step_option
+@ema_option
 @precision_option
 @json_option
 @command
@@ -466,6 +470,7 @@ def evaluate(
     workers: int | None,
     address: str | None,
     step: int | None,
+    ema: bool,
     precision: str,
     as_json: bool,
     **options: Any,
@@ -488,9 +493,9 @@ def evaluate(
     from gpt2dist.train import evaluation
     from gpt2dist.train.saved import open_model
 
-    saved = open_model(location, step)
+    saved = open_model(location, step, ema=ema)
     place = location if "://" in location else os.path.abspath(location)
-    request = evaluation.Evaluation.of(saved, place, precision=precision, **options)
+    request = evaluation.Evaluation.of(saved, place, ema=ema, precision=precision, **options)
     tokens = request.open()
     ids, console = request.ids(tokens), make_console(stderr=True)
     if workers or address:
@@ -538,9 +543,10 @@ def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None
 @model_argument
 @click.option("--output", required=True, metavar="DIR", help="Local directory or s3:// location; must hold no model.")
 @step_option
+@ema_option
 @json_option
 @command
-def export(location: str, output: str, step: int | None, as_json: bool) -> None:
+def export(location: str, output: str, step: int | None, ema: bool, as_json: bool) -> None:
     """Write a checkpoint as a Hugging Face model directory, with its tokenizer.
 
     transformers' GPT2LMHeadModel and AutoTokenizer open it with from_pretrained, offline.
@@ -552,7 +558,7 @@ def export(location: str, output: str, step: int | None, as_json: bool) -> None:
     from gpt2dist.model import hf
     from gpt2dist.train.saved import open_model
 
-    saved = open_model(location, step)
+    saved = open_model(location, step, ema=ema)
     hf.export(output, saved.config, saved.weights, saved.vocab_dir)
     if as_json:
         click.echo(json.dumps({"step": saved.step, "output": output}))

@@ -147,6 +147,20 @@ class BatchSection(Section):
     """Sequences of one micro-batch."""
     micro_batches: int = Field(default=1, ge=1)
     """M: micro-batches of a step, shared among the workers."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """M grows linearly over this many steps, from `initial_micro_batches`; 0: M from the start."""
+    initial_micro_batches: int = Field(default=1, ge=1)
+    """M of the first step where there is a warm-up."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> BatchSection:
+        if self.initial_micro_batches > self.micro_batches:
+            raise ValueError(
+                f"initial_micro_batches = {self.initial_micro_batches} is above micro_batches = {self.micro_batches}"
+            )
+        if self.initial_micro_batches > 1 and not self.warmup_steps:
+            raise ValueError(f"initial_micro_batches = {self.initial_micro_batches} needs warmup_steps")
+        return self
 
 
 class TrainSection(Section):
@@ -245,6 +259,9 @@ class OptimSection(Section):
     """Decoupled decay of matrices and embeddings; never of biases and LayerNorm."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Keep a moving average of the weights, for `--ema` of `generate`, `evaluate` and `export`: after step n it becomes
+    d·average + (1 − d)·weights with d = (1 + n)/(10 + n), but at most this; 0: none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> OptimSection:
@@ -426,7 +443,7 @@ class RunConfig(Section):
 
     @property
     def global_batch(self) -> int:
-        """Sequences of one step, over all workers."""
+        """Sequences of one step, over all workers; after the warm-up where there is one (`data.order.consumed`)."""
         return self.batch.micro_batches * self.batch.micro_sequences
 
     def to_toml(self) -> str:

@@ -108,7 +108,7 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 
     counter = iter(range(1000))
 
-    def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 200) -> list[Any]:
         return run_ranks(function, world_size, args, tmp_path / f"rendezvous-{next(counter)}", timeout)
 
     return run

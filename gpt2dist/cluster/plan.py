@@ -6,21 +6,23 @@ import math
 from typing import Any
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.order import accumulation_steps
+from gpt2dist.data.order import accumulation_steps, consumed
 from gpt2dist.model import gpt2
 from gpt2dist.model.loss import ROWS
 from gpt2dist.train.fragment import is_muon_matrix
 
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
-    """Counts of one run; sizes in tokens, sequences and FLOPs."""
+    """Counts of one run; sizes in tokens, sequences and FLOPs; those of a step hold after the warm-up of the batch."""
     config = gpt2.GPT2Config.from_run(run)
     world, tokens = run.cluster.max_workers, run.global_batch * run.data.seq_len
     gas = accumulation_steps(run.batch.micro_batches, world)
+    all_tokens = consumed(run.batch, run.train.steps) * run.data.seq_len
     flops = gpt2.flops_per_token(config, run.data.seq_len)
+    n = gpt2.count_parameters(config, published=False)
     return {
         "parameters": gpt2.count_parameters(config),
-        "parameters_padded": gpt2.count_parameters(config, published=False),
+        "parameters_padded": n,
         "flops_per_token": flops,
         "workers": world,
         "micro_batches": run.batch.micro_batches,
@@ -28,9 +30,9 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
         "padding_micro_batches": gas * world - run.batch.micro_batches,
         "sequences_per_step": run.global_batch,
         "tokens_per_step": tokens,
-        "tokens": tokens * run.train.steps,
-        "flops": flops * tokens * run.train.steps,
-        "checkpoint_bytes": 12 * gpt2.count_parameters(config, published=False),
+        "tokens": all_tokens,
+        "flops": flops * all_tokens,
+        "checkpoint_bytes": (16 if run.optim.ema_decay else 12) * n - 4 * _of_muon(run),
     }
 
 
@@ -57,11 +59,12 @@ def memory(run: RunConfig) -> dict[str, int]:
         # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
         parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
     parts["gradients"] = 4 * share[2]  # the sum over micro-batches, fp32
-    shapes = gpt2.parameter_shapes(config).items()
-    of_muon = sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))
-    parts["Adam moments"] = 8 * share[1] - 4 * of_muon  # Muon has one moment
+    parts["Adam moments"] = 8 * share[1] - 4 * _of_muon(run)  # Muon has one moment
+    if run.optim.ema_decay:
+        parts["averaged weights"] = 4 * share[1]
     if run.train.offload_optimizer and not on_cpu:
         parts |= {"master weights": 0, "gradients": 0, "Adam moments": 0}
+        parts |= {"averaged weights": 0} if run.optim.ema_decay else {}
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
@@ -91,3 +94,9 @@ def memory(run: RunConfig) -> dict[str, int]:
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]
     parts |= [*moments, reduce][sizes.index(max(sizes))]
     return parts
+
+
+def _of_muon(run: RunConfig) -> int:
+    """Elements of the matrices that Muon has."""
+    shapes = gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)).items()
+    return sum(math.prod(s) for name, s in shapes if run.optim.name == "muon" and is_muon_matrix(name, len(s)))

@@ -47,7 +47,7 @@ class BlockPlan:
 
     @classmethod
     def of(cls, run: RunConfig, start: int, world_size: int) -> BlockPlan:
-        """The plan for what is left of a run from step `start` on."""
+        """The plan for what is left of a run from step `start` on; during a warm-up the blocks are smaller."""
         rows = accumulation_steps(run.batch.micro_batches, world_size) * run.batch.micro_sequences
         steps = BLOCK_BYTES // (rows * (run.data.seq_len + 1) * 2)
         return cls(start, run.stop_step, world_size, min(max(1, steps), MAX_BLOCK_STEPS))
@@ -91,16 +91,17 @@ def split_blocks(
         RuntimeError: the blocks hold other samples than the order says, or end early.
     """
     order = SampleOrder(run, Mixture.open(run))
-    micro = run.batch.micro_sequences
-    rows = accumulation_steps(run.batch.micro_batches, world_size) * micro
     step = start
     for block in blocks:
-        for first in range(0, len(block["sample"]), rows):
-            ids = np.asarray(block["sample"][first : first + rows]).reshape(-1, micro)
-            if not np.array_equal(ids, order.rank_step(step, rank, world_size)):
+        first = 0
+        while first < len(block["sample"]):
+            expected = order.rank_step(step, rank, world_size)
+            rows = slice(first, first + expected.size)
+            if not np.array_equal(block["sample"][rows], expected.reshape(-1)):
                 raise RuntimeError(f"data stream: step {step}, rank {rank}: not the samples of this step")
-            tokens = np.asarray(block["tokens"][first : first + rows])
-            yield StepBatch(tokens.reshape(-1, micro, tokens.shape[-1]), ids)
+            tokens = np.asarray(block["tokens"][rows])
+            yield StepBatch(tokens.reshape(*expected.shape, tokens.shape[-1]), expected)
+            first += expected.size
             step += 1
     if step != run.stop_step:
         raise RuntimeError(f"data stream: rank {rank}: ended before step {step} of {run.stop_step}")

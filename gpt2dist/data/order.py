@@ -14,19 +14,40 @@ guarantees for ever, which it does not for its own shuffles.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt2dist.config import RunConfig
+from gpt2dist.config import BatchSection, RunConfig
 from gpt2dist.data.mixture import SHARES, MixedSplit, Mixture
 from gpt2dist.data.shards import TokenSplit
 
 Ids = npt.NDArray[np.int64]
 PADDING = -1
 """Sample id of a slot that holds no sample."""
+
+
+def micro_batches(batch: BatchSection, step: int) -> int:
+    """M of a step: from `initial_micro_batches` linearly to `micro_batches` over `warmup_steps`, rounded down."""
+    if step >= batch.warmup_steps:
+        return batch.micro_batches
+    growth = batch.micro_batches - batch.initial_micro_batches
+    return batch.initial_micro_batches + growth * step // batch.warmup_steps
+
+
+def consumed(batch: BatchSection, step: int) -> int:
+    """Samples that a run has consumed before a step: Σ M(t)·micro over the steps t before it."""
+    warmup = min(step, batch.warmup_steps)
+    return (_in_warmup(batch)[warmup] + (step - warmup) * batch.micro_batches) * batch.micro_sequences
+
+
+@lru_cache(maxsize=4)
+def _in_warmup(batch: BatchSection) -> list[int]:
+    """Micro-batches before each step of the warm-up, and before the first one after it."""
+    return list(accumulate((micro_batches(batch, step) for step in range(batch.warmup_steps)), initial=0))
 
 
 def accumulation_steps(micro_batches: int, world_size: int) -> int:
@@ -62,8 +83,7 @@ class SampleOrder:
 
     def __init__(self, run: RunConfig, data: Mixture) -> None:
         self.seed = run.seed
-        self.micro = run.batch.micro_sequences
-        self.micro_batches = run.batch.micro_batches
+        self.batch = run.batch
         self.skip = run.data.skip
         self.shares = np.array([c.share for c in data.components], dtype=np.int64)
         split = MixedSplit(data, "train", run.data.seq_len)
@@ -94,9 +114,9 @@ class SampleOrder:
             at += last - first
         return ids
 
-    def epochs(self, consumed: int) -> list[float]:
+    def epochs(self, samples: int) -> list[float]:
         """How often the run has been through each data set after so many samples."""
-        position = max((end for _, end in positions(0, consumed, self.skip)), default=0)
+        position = max((end for _, end in positions(0, samples, self.skip)), default=0)
         if len(self.sources) == 1:
             return [position / self.num_samples]
         rounds, rest = divmod(position, SHARES)
@@ -105,16 +125,17 @@ class SampleOrder:
 
     def step(self, step: int) -> Ids:
         """Sample ids of a step: int64 [M, micro], row j being micro-batch j."""
-        size = self.micro_batches * self.micro
-        return self.samples(step * size, (step + 1) * size).reshape(self.micro_batches, self.micro)
+        ids = self.samples(consumed(self.batch, step), consumed(self.batch, step + 1))
+        return ids.reshape(-1, self.batch.micro_sequences)
 
     def rank_step(self, step: int, rank: int, world_size: int) -> Ids:
         """Sample ids that a rank trains on in a step: int64 [⌈M / world⌉, micro].
 
         Micro-batch j goes to rank j mod world; slots that are left over hold `PADDING`.
         """
-        mine = self.step(step)[rank::world_size]
-        out = np.full((accumulation_steps(self.micro_batches, world_size), self.micro), PADDING, dtype=np.int64)
+        ids = self.step(step)
+        out = np.full((accumulation_steps(len(ids), world_size), ids.shape[1]), PADDING, dtype=np.int64)
+        mine = ids[rank::world_size]
         out[: len(mine)] = mine
         return out
 
@@ -192,6 +213,14 @@ def eval_ids(run: RunConfig, data: Mixture) -> Ids:
         mine = component == k
         ids[mine] = split.offsets[k] + permutation(int(n), "eval", k)[: np.count_nonzero(mine)]
     return ids.reshape(-1, micro)
+
+
+def stack_steps(steps: Sequence[Ids]) -> Ids:
+    """Ids of some steps, which may differ in length, one a row: int64 [steps, longest], filled up with `PADDING`."""
+    out = np.full((len(steps), max(ids.size for ids in steps)), PADDING, dtype=np.int64)
+    for row, ids in zip(out, steps, strict=True):
+        row[: ids.size] = ids.reshape(-1)
+    return out
 
 
 def ids_digest(ids: Ids) -> str:

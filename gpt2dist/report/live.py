@@ -78,6 +78,8 @@ def describe(event: dict[str, Any]) -> str | None:
         return f"failed: {event['cause']}"
     if kind == "bad_checkpoint":
         return f"checkpoint of step {event['step']} is damaged and left out: {event['reason']}"
+    if kind == "ema_started":
+        return f"averaged weights (optim.ema_decay) begin with the weights of step {event['step']}"
     if kind == "preemption":
         return f"a machine with {_workers(event['ranks'])} will be taken away {_when(event)}: {_reaction(event)}"
     if kind == "resize":

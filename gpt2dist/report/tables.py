@@ -93,6 +93,8 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
     console.print(run.to_toml())
     m, world, gas = numbers["micro_batches"], numbers["workers"], numbers["accumulation_steps"]
     padding = numbers["padding_micro_batches"]
+    batch = run.batch
+    warmup = f"; in the first {batch.warmup_steps:,} steps growing from {batch.initial_micro_batches} micro-batches"
     pairs(
         console,
         "computed",
@@ -101,7 +103,7 @@ def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory
             "of vocabulary padding)",
             "FLOPs per token": f"{numbers['flops_per_token']:,}",
             "a step": f"{m} micro-batches × {run.batch.micro_sequences} sequences × {run.data.seq_len} tokens = "
-            f"{numbers['tokens_per_step']:,} tokens",
+            f"{numbers['tokens_per_step']:,} tokens" + (warmup if batch.warmup_steps else ""),
             "a worker": f"{gas} micro-batches a step on each of {world}" + (f", {padding} padding" if padding else ""),
             "the run": f"{run.train.steps:,} steps, {numbers['tokens']:,} tokens, {numbers['flops']:.3g} FLOPs",
             "a checkpoint": size(numbers["checkpoint_bytes"]),

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors fragments, an index written last, no pickle.
 
     <run dir>/checkpoints/step-00000100/
-        rank-00000.safetensors …   1-D fp32 pieces that the rank owned: weight, exp_avg, exp_avg_sq
+        rank-00000.safetensors …   1-D fp32 pieces that the rank owned: weight, exp_avg, exp_avg_sq, ema
         index.json                 step, position, config, parameter table, fragments, hashes of every file and its own
 
 A directory without a valid index does not exist. Loading copies the overlap of saved and wanted fragments, so
@@ -61,7 +61,7 @@ FileName = Annotated[str, Field(pattern=r"^rank-\d{5}(\.\d+)?\.safetensors$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 Count = Annotated[int, Field(ge=1, le=1 << 50)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 
 
 class SavedFragment(Section):
@@ -113,9 +113,18 @@ class Index(Section):
 
     def kinds(self, parameter: str) -> tuple[str, ...]:
         """What it holds of a parameter."""
+        name = self._optim.get("name", "adamw")
+        return kinds(name, self.has_ema, parameter, len(self.parameters[parameter]))
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether it holds the moving average of the weights."""
+        return bool(self._optim.get("ema_decay", 0))
+
+    @property
+    def _optim(self) -> dict[str, Any]:
         optim = self.config.get("optim")
-        name = optim.get("name", "adamw") if isinstance(optim, dict) else "adamw"
-        return kinds(name, parameter, len(self.parameters[parameter]))
+        return optim if isinstance(optim, dict) else {}
 
     def to_bytes(self) -> bytes:
         """The content of index.json. Its first line is the hash of everything after it."""
@@ -546,15 +555,18 @@ def _run(calls: Iterable[tuple[FragmentFile, Read]]) -> None:
             threads.shutdown(cancel_futures=True)
 
 
-def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The whole fp32 weights, name → tensor, on the CPU. Raises `BadCheckpoint`, and `UserError` if they do not fit."""
+def load_weights(checkpoint: Checkpoint, kind: Kind = "weight") -> dict[str, Tensor]:
+    """The whole fp32 weights, or their moving average, name → tensor, on the CPU.
+
+    Raises `BadCheckpoint`, and `UserError` if they do not fit into memory.
+    """
     shapes = checkpoint.index.parameters
     need, have = 4 * sum(map(math.prod, shapes.values())), psutil.virtual_memory().available
     if need > have:
         raise UserError(f"{checkpoint.path}: the weights take {need:,} bytes; {have:,} of memory are free")
     check_sizes(checkpoint)  # before room is made for what it says
     weights = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
-    load(checkpoint, [Fragment(name, "weight", 0, tensor) for name, tensor in weights.items()])
+    load(checkpoint, [Fragment(name, kind, 0, tensor) for name, tensor in weights.items()])
     return {name: t.view(shapes[name]) for name, t in weights.items()}
 
 

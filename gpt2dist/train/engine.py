@@ -5,7 +5,7 @@ constraints.txt; tests/distributed fails when an upgrade moves them).
 
 Why not `engine.save_checkpoint`: its files are pickles and bind the run to its world size and stage. A
 *fragment* is what ZeRO really gives a rank: a contiguous piece of one flattened parameter, as fp32 master
-weight, exp_avg or exp_avg_sq. Saving and loading fragments works for every stage and world size.
+weight, exp_avg, exp_avg_sq or ema. Saving and loading fragments works for every stage and world size.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils import cpp_extension
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
-from gpt2dist.train.fragment import KINDS, Fragment, is_muon_matrix
-from gpt2dist.train.optim import MuonAdamW, adamw
+from gpt2dist.train.fragment import EMA, KINDS, Fragment, is_muon_matrix
+from gpt2dist.train.optim import MuonAdamW, adamw, ema_decay
 from gpt2dist.train.peak import DTYPES, MemoryPeak
 
 log = logging.getLogger(__name__)
@@ -100,15 +101,14 @@ class Engine:
         self.world_size = dist.get_world_size()
         self.device = device
         self.stage = run.train.zero_stage
+        self.optim = run.optim
         self.clip = run.optim.grad_clip
         self.muon = run.optim.name == "muon"
         self.model_config = gpt2.GPT2Config.from_run(run)
         shapes = gpt2.parameter_shapes(self.model_config)  # imports much of torch, which is not the engine's memory
         self.memory = MemoryPeak(device)
         self.control = dist.new_group(backend="gloo")  # small CPU collectives, whatever the backend is
-        self.gas = accumulation_steps(run.batch.micro_batches, self.world_size)
-        # Gradients are averaged over gas × world slots, of which M hold real micro-batches.
-        self._weight = self.gas * self.world_size / run.batch.micro_batches
+        self.begin_step(run.batch.micro_batches)
 
         if device.type == "cpu":
             _build_cpu_collectives()
@@ -138,25 +138,40 @@ class Engine:
 
     # ------------------------------------------------------------------ training
 
+    def begin_step(self, micro_batches: int) -> None:
+        """From the next step on, a step is the mean over this many micro-batches; until then, over the run's M.
+
+        `gas` is then how many of them each rank runs, padding included.
+        """
+        self.gas = accumulation_steps(micro_batches, self.world_size)
+        self._weight = self.world_size / micro_batches  # micro-batches are summed, then averaged over the ranks
+        self._done = 0  # micro-batches of this step that this rank has run
+
     def forward_backward(self, tokens: Tensor, *, padding: bool, spoilt: bool = False) -> Tensor:
         """Mean loss of one micro-batch, its gradient accumulated, which is NaN where it is `spoilt`.
 
         tokens: int64 [micro, T+1]; result: fp32 scalar, detached, without gradient scaling. A padding
         micro-batch weighs nothing: it keeps the ranks' collectives in step where M does not divide.
         """
+        self._done += 1
+        self.ds.set_gradient_accumulation_boundary(self._done == self.gas)
         loss: Tensor = self.ds(tokens)
-        self.ds.backward(loss * (math.nan if spoilt else 0.0 if padding else self._weight))
-        at_boundary = self.ds.is_gradient_accumulation_boundary()
-        if not at_boundary:
-            self.ds.step()  # only counts the micro-batch
+        weight = math.nan if spoilt else 0.0 if padding else self._weight
+        self.ds.backward(loss * weight, scale_wrt_gas=False)
         return loss.detach().float()
 
     def step(self, lr: float) -> StepResult:
         """Clip, update the weights, clear the gradients. Call after the last micro-batch of a step."""
+        self._done = 0
         for group in self._zero.param_groups:
             group["lr"] = lr
-        if self.stage == 0:  # DeepSpeed reports no norm here, and would skip nothing
-            return self._step_replicated()
+        # At stage 0 DeepSpeed reports no norm, and would skip nothing.
+        result = self._step_replicated() if self.stage == 0 else self._step_sharded()
+        if result.applied and self.optim.ema_decay:
+            self._update_ema()
+        return result
+
+    def _step_sharded(self) -> StepResult:
         scaler = self._loss_scaler()
         can_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
         self.ds.step()
@@ -204,7 +219,7 @@ class Engine:
 
     def scalars(self) -> dict[str, float]:
         """State beside the fragments: Adam's step count and, in fp16, the loss scale."""
-        result = {"optimizer_steps": next(float(s["step"]) for s in self._optimizer_states() if "step" in s)}
+        result = {"optimizer_steps": self._optimizer_steps()}
         scaler = self._loss_scaler()
         if scaler is not None:
             result |= {f"loss_scale.{key}": float(getattr(scaler, key)) for key in _SCALER_STATE}
@@ -228,7 +243,15 @@ class Engine:
             whole = value(name).flatten()
             for f in pieces:
                 f.tensor.copy_(whole[f.start : f.start + f.tensor.numel()])
+        self.start_ema()
         self.state_changed()
+
+    @torch.no_grad()
+    def start_ema(self) -> None:
+        """Begin the moving average, if there is one, with the weights as they are."""
+        if self.optim.ema_decay:
+            for master, state in zip(self._masters(), self._optimizer_states(), strict=True):
+                state[EMA].copy_(master)
 
     @torch.no_grad()
     def state_changed(self) -> None:
@@ -286,6 +309,13 @@ class Engine:
         for master in self._masters():
             yield state[master]
 
+    def _optimizer_steps(self) -> float:
+        return next(float(state["step"]) for state in self._optimizer_states() if "step" in state)
+
+    def _update_ema(self) -> None:
+        update = get_ema_multi_avg_fn(ema_decay(self.optim, int(self._optimizer_steps())))  # type: ignore[no-untyped-call]
+        update([state[EMA] for state in self._optimizer_states()], [m.detach() for m in self._masters()], None)
+
     def _masters(self) -> list[Tensor]:
         """The fp32 tensors that the torch optimizer steps on this rank."""
         if self.stage == 3:
@@ -318,15 +348,15 @@ class Engine:
                 }
             else:  # stage 3 has made it with an empty step
                 state[p]["step"].zero_()
+            if self.optim.ema_decay:
+                state[p][EMA] = torch.zeros_like(p.detach())
 
     def _kinds(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
         state = self._torch_optimizer().state[master]
         yield "weight", master.detach()
         if "momentum_buffer" in state:
             yield "exp_avg", state["momentum_buffer"]
-            return
-        for kind in KINDS[1:]:
-            yield kind, state[kind]
+        yield from ((kind, state[kind]) for kind in (*KINDS[1:], EMA) if kind in state)
 
     def _replicated(self, owned: bool) -> Iterator[Fragment]:
         for group in self._torch_optimizer().param_groups:

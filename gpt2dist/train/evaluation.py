@@ -36,6 +36,8 @@ class Evaluation:
     """Run directory, or directory of a Hugging Face model."""
     step: int | None
     """Of the checkpoint; None: the newest."""
+    ema: bool
+    """Its averaged weights."""
     precision: str
     paths: dict[str, float]
     """Data sets; every sample of each counts once."""
@@ -52,6 +54,7 @@ class Evaluation:
         saved: SavedModel,
         place: str,
         *,
+        ema: bool,
         precision: str,
         data: str | None,
         split: Split,
@@ -72,7 +75,7 @@ class Evaluation:
         if seq_len > positions:
             raise UserError(f"--seq-len {seq_len} is longer than the model's n_positions = {positions}")
         batch = batch or (run.batch.micro_sequences if run else max(1, 4096 // seq_len))
-        return cls(place, saved.step, precision, paths, split, seq_len, batch, batches)
+        return cls(place, saved.step, ema, precision, paths, split, seq_len, batch, batches)
 
     def open(self) -> MixedSplit:
         """The tokens. Raises `UserError` where they are damaged, or less than one sequence."""
@@ -136,7 +139,7 @@ def _evaluate_share(config: dict[str, Any]) -> None:
     tokens = e.open()
     ids = e.ids(tokens)
     mine = [ids[first : first + e.batch] for first in range(rank * e.batch, len(ids), world * e.batch)]
-    model = open_model(e.location, e.step).load(e.precision)
+    model = open_model(e.location, e.step, ema=e.ema).load(e.precision)
     score = sum((part for share in mine for part in evaluate(model, tokens, share, e.batch)), Score())
     total = torch.tensor([score.loss_sum, score.correct, score.tokens], dtype=torch.float64)
     dist.all_reduce(total)

@@ -8,11 +8,14 @@ from torch import Tensor
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """fp32 master weight, Adam's first and second moment."""
+EMA = "ema"
+"""Moving average of the weight, where `optim.ema_decay` asks for it."""
 
 
-def kinds(optimizer: str, parameter: str, ndim: int) -> tuple[str, ...]:
-    """The kinds that a parameter has: a matrix under Muon only a first moment, its momentum."""
-    return KINDS[:2] if optimizer == "muon" and is_muon_matrix(parameter, ndim) else KINDS
+def kinds(optimizer: str, ema: bool, parameter: str, ndim: int) -> tuple[str, ...]:
+    """The kinds that a parameter has: a matrix under Muon only a first moment, its momentum; an average if wanted."""
+    names = KINDS[:2] if optimizer == "muon" and is_muon_matrix(parameter, ndim) else KINDS
+    return (*names, EMA) if ema else names
 
 
 def is_muon_matrix(parameter: str, ndim: int) -> bool:
@@ -26,7 +29,7 @@ class Fragment:
 
     parameter: str
     kind: str
-    """One of `KINDS`."""
+    """One of `KINDS`, or `EMA`."""
     start: int
     tensor: Tensor
     """fp32, 1-D; a view into the engine where it comes from there."""

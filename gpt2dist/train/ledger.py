@@ -8,12 +8,13 @@ every step stands once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.mixture import Mixture
-from gpt2dist.data.order import Ids, SampleOrder, ids_digest, positions
+from gpt2dist.data.order import Ids, SampleOrder, consumed, ids_digest, positions
 from gpt2dist.train import rundir
 from gpt2dist.train.checkpoint import Index
 from gpt2dist.train.resume import order_id
@@ -33,8 +34,8 @@ def entry(run: RunConfig, step: int, ids: Ids, world_size: int, attempt: int, da
 
 def _positions(run: RunConfig, step: int) -> list[int]:
     """[first, end, first, end, …] of a step; more than one range only where samples were left out on purpose."""
-    size = run.global_batch
-    return [bound for part in positions(step * size, (step + 1) * size, run.data.skip) for bound in part]
+    parts = positions(consumed(run.batch, step), consumed(run.batch, step + 1), run.data.skip)
+    return [bound for part in parts for bound in part]
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
 
     Of steps in another order than that of `run` and `data` it is only known that there were such steps.
     """
+
+    def size(steps: Iterable[int]) -> int:
+        return sum(consumed(run.batch, step + 1) - consumed(run.batch, step) for step in steps)
+
     order = SampleOrder(run, data)
-    size = run.global_batch
     lines = [line for line in lines if line["step"] < committed_step]
     ours = (order_id(run.model_dump(mode="json"), data.fingerprint), data.fingerprint)  # the second: of older versions
     right: set[int] = set()
@@ -107,7 +111,7 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
     for line in lines:
         step = line["step"]
         if step in right or step in elsewhere:
-            duplicates += size
+            duplicates += size([step])
         elif line.get("data", data.fingerprint) not in ours:
             elsewhere.add(step)
             unverifiable += sum(line["positions"][1::2]) - sum(line["positions"][::2])
@@ -117,9 +121,9 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
             right.add(step)
     last = max(_positions(run, committed_step - 1), default=0) if committed_step else 0
     return Audit(
-        samples=len(right) * size,
+        samples=size(right),
         duplicates=duplicates,
-        gaps=(committed_step - len(right) - len(elsewhere)) * size,
+        gaps=consumed(run.batch, committed_step) - size(right) - size(elsewhere),
         skipped=sum(end - first for first, end in run.data.skip if first < last),
         steps=committed_step,
         attempts=len({line["attempt"] for line in lines}),

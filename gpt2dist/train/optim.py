@@ -48,6 +48,15 @@ def adamw(model: gpt2.GPT2, o: OptimSection) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
+def ema_decay(o: OptimSection, steps: int) -> float:
+    """Decay of the moving average of the weights after `steps` steps.
+
+    The plain one remembers the initial weights for 1/(1 − decay) steps. (1 + n)/(10 + n) is TensorFlow's
+    ExponentialMovingAverage with `num_updates`.
+    """
+    return min(o.ema_decay, (1 + steps) / (10 + steps))
+
+
 def learning_rate(o: OptimSection, step: int, steps: int) -> float:
     """Learning rate of step `step` (from 0) of `steps`: linear warm-up to lr, then down to min_lr by step `steps`.
 

@@ -32,14 +32,14 @@ safe          model.dropout model.document_mask model.init_from
 order         data.seq_len data.shuffle_window
 incompatible  data.skip
 safe          data.path data.verify data.allow_changed data.cache_gb
-order         batch.micro_sequences batch.micro_batches
+order         batch.micro_sequences batch.micro_batches batch.warmup_steps batch.initial_micro_batches
 safe          train.steps train.stop_at train.precision train.zero_stage train.activation_checkpointing
 safe          train.bucket_mb train.overlap_comm train.offload_optimizer train.offload_param train.compile
 safe          train.max_skipped train.initial_loss_scale train.profile_steps train.peak_tflops train.nan_at
 safe          train.rewind train.rewind_after train.spike train.max_rewinds
 incompatible  optim.name
 safe          optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.decay_steps optim.betas optim.eps
-safe          optim.weight_decay optim.grad_clip
+safe          optim.weight_decay optim.grad_clip optim.ema_decay
 safe          eval.every_steps eval.batches
 safe          checkpoint.every_steps checkpoint.every_minutes checkpoint.mtbf_hours checkpoint.background
 safe          checkpoint.retry_minutes checkpoint.keep checkpoint.keep_every

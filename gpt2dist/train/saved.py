@@ -36,10 +36,10 @@ class SavedModel:
         return gpt2.assemble(self.config, self.weights).eval().to(device, DTYPES[precision])
 
 
-def open_model(location: str, step: int | None = None) -> SavedModel:
+def open_model(location: str, step: int | None = None, *, ema: bool = False) -> SavedModel:
     """The newest good checkpoint of a run directory, or the one of `step`; or a Hugging Face model.
 
-    All that is read of a checkpoint is checked against its hashes.
+    With `ema` the moving average of the weights. All that is read of a checkpoint is checked against its hashes.
 
     Raises:
         UserError: nothing of the kind lies there, or it is damaged.
@@ -54,6 +54,8 @@ def open_model(location: str, step: int | None = None) -> SavedModel:
             ) from None
         if step is not None:
             raise UserError(f"{location}: --step: not a run directory, it has no steps") from None
+        if ema:
+            raise UserError(f"{location}: --ema: not a run directory, it has no averaged weights") from None
         return SavedModel(hf.read_config(location), hf.read_weights(location))
     try:
         found = find_checkpoint(location, step)
@@ -61,7 +63,10 @@ def open_model(location: str, step: int | None = None) -> SavedModel:
         if config.n_layer > len(found.index.parameters):  # before so many blocks are made
             raise UserError(f"{location}/config.toml: model.n_layer: does not fit the checkpoint {found.path}")
         checkpoint.check_fits(found, gpt2.parameter_shapes(config), f"{location}/config.toml")
-        return SavedModel(config, checkpoint.load_weights(found).__getitem__, run, found.index.step)
+        if ema and not found.index.has_ema:
+            raise UserError(f"{found.path}: --ema: no averaged weights: optim.ema_decay was 0")
+        weights = checkpoint.load_weights(found, "ema" if ema else "weight")
+        return SavedModel(config, weights.__getitem__, run, found.index.step)
     except checkpoint.BadCheckpoint as e:
         raise UserError(str(e)) from None
 

@@ -24,13 +24,14 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
 from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, positions
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, micro_batches, positions, stack_steps
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, divergence, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
+from gpt2dist.train.fragment import EMA
 from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
@@ -125,12 +126,13 @@ class Trainer:
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
         self.profile = Profile(run, self.rank)
         self.peak = peak_flops(run, engine.device) * self.world_size
-        self.step_flops = gpt2.flops_per_token(engine.model_config, run.data.seq_len) * self.step_tokens
+        self.token_flops = gpt2.flops_per_token(engine.model_config, run.data.seq_len)
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that a step trains on, over all ranks."""
-        return self.run.global_batch * self.run.data.seq_len
+        """Tokens that the next step trains on, over all ranks."""
+        batch = self.run.batch
+        return micro_batches(batch, self.step) * batch.micro_sequences * self.run.data.seq_len
 
     # ------------------------------------------------------------------ the loop
 
@@ -209,7 +211,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": self.step_tokens / seconds,
-            "mfu": self.step_flops / seconds / self.peak,
+            "mfu": self.token_flops * self.step_tokens / seconds / self.peak,
             "data_wait_s": data_wait,
             "forward_backward_s": forward_backward,
             "optimizer_s": optimizer,
@@ -232,8 +234,9 @@ class Trainer:
 
     def forward_backward(self, batch: StepBatch) -> list[float]:
         """Accumulate this rank's gradients; returns the losses of the M micro-batches, 0 for other ranks' ones."""
-        losses = [0.0] * self.run.batch.micro_batches
+        losses = [0.0] * micro_batches(self.run.batch, self.step)
         pending = []
+        self.engine.begin_step(len(losses))
         for slot, tokens in enumerate(self._to_device(batch.tokens)):
             micro_batch = slot * self.world_size + self.rank
             padding = micro_batch >= len(losses)
@@ -292,7 +295,8 @@ class Trainer:
         try:
             found = checkpoint.open_step(self.run.run_dir, step)
             checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
-            checkpoint.load(found, self.engine.fragments(owned=False))
+            fragments = self.engine.fragments(owned=False)
+            checkpoint.load(found, [f for f in fragments if f.kind != EMA or found.index.has_ema])
         except (BadCheckpoint, Misfit) as e:
             problem = str(e)
         if problems := [p for p in self.engine.gather_objects(problem) if p]:
@@ -300,6 +304,9 @@ class Trainer:
         self.engine.state_changed()
         self.engine.load_scalars(found.index.scalars)
         self.step = self.saved_step = self.ledger_end = step
+        if self.run.optim.ema_decay and not found.index.has_ema:
+            self.engine.start_ema()
+            self._event("ema_started", step=step)
         self._log_change(found.index)
         return ""
 
@@ -340,11 +347,7 @@ class Trainer:
 
     def _begin_save(self) -> None:
         """Take a snapshot of this step and start writing it. A collective."""
-        rows = max(len(ids.reshape(-1)) for ids in self.uncommitted)
-        received = np.full((len(self.uncommitted), rows), PADDING, dtype=np.int64)
-        for row, ids in zip(received, self.uncommitted, strict=True):
-            row[: ids.size] = ids.reshape(-1)
-        everyone = self.engine.gather_rows(torch.from_numpy(received)).numpy()
+        everyone = self.engine.gather_rows(torch.from_numpy(stack_steps(self.uncommitted))).numpy()
         directory = checkpoint.step_directory(self.run.run_dir, self.step)
         self.saver.begin(self.step, directory, partial(self._commit, self._index(), everyone))
         self.times.begun()
@@ -366,7 +369,7 @@ class Trainer:
         """The index of this step, but for what the ranks will have written."""
         return checkpoint.Index(
             step=self.step,
-            position=self.step * self.run.global_batch,
+            position=consumed(self.run.batch, self.step),
             data_fingerprint=self.data.fingerprint,
             config=self.run.model_dump(mode="json"),
             world_size=self.world_size,
@@ -441,7 +444,7 @@ class Trainer:
 
     def _epochs(self) -> dict[str, float]:
         """How often each data set has been gone through."""
-        epochs = SampleOrder(self.run, self.data).epochs(self.step * self.run.global_batch)
+        epochs = SampleOrder(self.run, self.data).epochs(consumed(self.run.batch, self.step))
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
 
     def _diverged(self, metrics: dict[str, Any]) -> bool:
@@ -455,8 +458,8 @@ class Trainer:
             return False
         self.saver.finish(self._alive)
         first = self.step - train.rewind_after
-        size = self.run.global_batch
-        ranges = list(positions(first * size, self.step * size, self.run.data.skip))
+        numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
+        ranges = list(positions(*numbers, self.run.data.skip))
         if self._agree(len(rundir.rewinds(self.events.read())) if self.rank == 0 else 0) >= train.max_rewinds:
             raise Diverged(
                 f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
@@ -464,7 +467,7 @@ class Trainer:
             )
         if self.rank == 0:
             self._flush()
-            ids = SampleOrder(self.run, self.data).samples(first * size, self.step * size)
+            ids = SampleOrder(self.run, self.data).samples(*numbers)
             split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
             self._event(
                 "rewind",
@@ -481,7 +484,7 @@ class Trainer:
 
     def _give_up(self) -> None:
         """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
-        ids = self.engine.gather_rows(torch.from_numpy(np.stack(list(self.skipped.values())))).numpy()
+        ids = self.engine.gather_rows(torch.from_numpy(stack_steps(list(self.skipped.values())))).numpy()
         samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
         steps = list(self.skipped)
         first = ", ".join(map(str, samples[-1][:8])) + (", …" if len(samples[-1]) > 8 else "")

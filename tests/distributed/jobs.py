@@ -30,10 +30,12 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     trainer = Trainer(run, engine)
     trainer.restore()
     start = trainer.step
+    slots = []
     blocks = local_blocks(run, engine.rank, engine.world_size, start)
-    trainer.train(split_blocks(blocks, run, engine.rank, engine.world_size, start))
+    batches = split_blocks(blocks, run, engine.rank, engine.world_size, start)
+    trainer.train(slots.append(len(batch.ids)) or batch for batch in batches)  # type: ignore[func-returns-value]
     trainer.close()
-    result = {"start": start, "elements": owned_elements(engine), "scalars": engine.scalars()}
+    result = {"start": start, "slots": slots, "elements": owned_elements(engine), "scalars": engine.scalars()}
     engine.close()
     return result
 
@@ -89,6 +91,41 @@ def drive(
 def drive_all(calls: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """`drive` with each tuple of arguments, one after the other in one process."""
     return [drive(*call) for call in calls]
+
+
+def drive_average(run: RunConfig, broken: int) -> tuple[float, float, int]:
+    """Ten engine steps, gradients NaN in step `broken`.
+
+    Largest difference between the averaged weights and the average of the weights after each step, taken here; of the
+    averaged weights and the weights at the end; elements compared.
+    """
+    engine = Engine(run, torch.device("cpu"))
+    now = -1
+    poison(engine, lambda: now == broken)
+
+    def read(kind: str) -> torch.Tensor:
+        return torch.cat([f.tensor.double() for f in engine.fragments(owned=True) if f.kind == kind])
+
+    average, steps = read("weight"), 0
+    for now in range(10):
+        for slot in range(engine.gas):
+            generator = torch.Generator().manual_seed(100 * now + slot)
+            shape = (run.batch.micro_sequences, run.data.seq_len + 1)
+            engine.forward_backward(torch.randint(0, 50257, shape, generator=generator), padding=False)
+        if engine.step(3e-3).applied:
+            steps += 1
+            decay = min(run.optim.ema_decay, (1 + steps) / (10 + steps))
+            average = decay * average + (1 - decay) * read("weight")
+    assert steps == 9
+    has = read("ema")
+    result = float((has - average).abs().max()), float((has - read("weight")).abs().max()), len(has)
+    engine.close()
+    return result
+
+
+def drive_averages(calls: list[tuple[RunConfig, int]]) -> list[tuple[float, float, int]]:
+    """`drive_average` with each tuple of arguments, one after the other in one process."""
+    return [drive_average(*call) for call in calls]
 
 
 def train_poisoned(run: RunConfig, first: int) -> str:

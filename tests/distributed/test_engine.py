@@ -14,6 +14,7 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import MixedSplit, Mixture
+from gpt2dist.data.order import consumed
 from gpt2dist.model import gpt2
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.optim import adamw, learning_rate
@@ -29,6 +30,12 @@ def logged(run: RunConfig, key: str = "loss") -> Losses:
     rows = rundir.metrics_log(run.run_dir).read()
     assert [r["step"] for r in rows] == list(range(len(rows)))
     return {r["step"]: r[key] for r in rows if key in r}
+
+
+def newest(run: RunConfig) -> checkpoint.Checkpoint:
+    found = checkpoint.newest(run.run_dir)
+    assert found is not None
+    return found
 
 
 def largest_difference(a: Losses, b: Losses) -> float:
@@ -63,9 +70,10 @@ def plain_torch_losses(run: RunConfig) -> Losses:
     losses = {}
     for step in range(run.train.steps):
         total = 0.0
-        for ids in order.step(step):
+        micro_batches = order.step(step)
+        for ids in micro_batches:
             tokens = torch.from_numpy(split.samples(ids).astype("int64"))
-            loss = model(tokens) / run.batch.micro_batches
+            loss = model(tokens) / len(micro_batches)
             loss.backward()
             total += loss.item()
         norm = torch.linalg.vector_norm(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
@@ -93,9 +101,34 @@ def test_stages_and_world_sizes_give_one_fp32_curve(
 
 
 @pytest.mark.timeout(240)
+def test_a_growing_batch_gives_one_fp32_curve(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """M = 1 to 5 in 16 steps: at every stage and world size the curve of a plain loop, and no slot is wasted."""
+    data = make_data([3000, 3000])
+    changes: dict[str, Any] = {"model__dropout": 0.0, "batch__micro_batches": 5, "batch__warmup_steps": 16}
+    sizes = [min(5, 1 + 4 * step // 16) for step in range(20)]
+    runs: list[RunConfig] = []
+    for world_size, stages in {1: (2,), 2: (0, 1, 2, 3), 3: (1, 3)}.items():
+        changes["cluster__workers"] = world_size
+        part = variants(data, tmp_path / str(world_size), "fp32", stages, **changes)
+        if world_size == 2:
+            part += variants(data, tmp_path / "offload", "fp32", (1, 3), train__offload_optimizer=True, **changes)
+        (ends, *_) = ranks(jobs.train_runs, world_size, part)
+        assert [end["slots"] for end in ends] == [[-(-m // world_size) for m in sizes]] * len(part)
+        runs += part
+    reference = plain_torch_losses(runs[0])
+    for run in runs:
+        assert largest_difference(logged(run), reference) <= 1e-5, run.run_dir
+        lines = rundir.ledger_log(run.run_dir).read()
+        result = ledger.audit(run, Mixture.open(run), lines, 20)
+        assert (result.clean, result.samples) == (True, 2 * sum(sizes))
+        assert newest(run).index.position == 2 * sum(sizes)
+
+
+@pytest.mark.timeout(240)
 def test_stages_agree_in_16_bit(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     data = make_data([3000, 3000])
-    runs = variants(data, tmp_path, "bf16", (0, 1, 2, 3)) + variants(data, tmp_path, "fp16", (1, 2, 3))
+    kinds = (("bf16", (0, 1, 2, 3)), ("fp16", (1, 2, 3)))
+    runs = [run for kind in kinds for run in variants(data, tmp_path, *kind, batch__warmup_steps=12)]
     ends = ranks(jobs.train_runs, 2, runs)
     reference = logged(variants(data, tmp_path, "bf16", (2,))[0])
     for run in runs:
@@ -127,9 +160,10 @@ def test_resume_is_bitwise_at_the_same_world_size(
     ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, precision: str
 ) -> None:
     data = make_data([3000, 3000])
-    whole = variants(data, tmp_path / "whole", precision, (0, 1, 2, 3), checkpoint__keep=5)
-    halves = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), train__stop_at=7)
-    rest = variants(data, tmp_path / "half", precision, (0, 1, 2, 3))
+    changes = {"optim__ema_decay": 0.9, "batch__warmup_steps": 14}  # stopped in the middle of the warm-up
+    whole = variants(data, tmp_path / "whole", precision, (0, 1, 2, 3), checkpoint__keep=5, **changes)
+    halves = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), train__stop_at=7, **changes)
+    rest = variants(data, tmp_path / "half", precision, (0, 1, 2, 3), **changes)
     # By stage: DeepSpeed's stage 3 replaces F.linear for the rest of a process, and other bits come out.
     first = sorted([*whole, *halves], key=lambda run: run.train.zero_stage)
     ranks(jobs.train_runs, 2, first)
@@ -170,21 +204,60 @@ def test_muon_resumes_bitwise(ranks: Ranks, make_data: Callable[..., str], tmp_p
 @pytest.mark.timeout(240)
 def test_resume_at_other_world_sizes_and_stages(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     data = make_data([3000, 3000])
-    whole = variants(data, tmp_path / "whole", "fp32", (2,))[0]
+    more = {"optim__ema_decay": 0.9, "batch__warmup_steps": 14}
+    whole = variants(data, tmp_path / "whole", "fp32", (2,), **more)[0]
     ranks(jobs.train_runs, 2, [whole])
     # (workers, stage) of each leg of one run: saved by one, loaded by the next.
     legs = [(2, 2, 4), (1, 3, 7), (3, 1, 10), (2, 0, 13), (3, 3, 16), (2, 2, None)]
     for workers, stage, stop in legs:
         changes = {"cluster__workers": workers, "train__zero_stage": stage, "name": "reshaped", "train__stop_at": stop}
+        changes |= more
         run = tiny_run(storage=str(tmp_path), data__path=data, train__steps=20, checkpoint__every_steps=0, **changes)
         ranks(jobs.train_runs, workers, [run])
     assert largest_difference(logged(run), logged(whole)) <= 1e-5
+    for kind in ("weight", "ema"):
+        before, after = (checkpoint.load_weights(newest(r), kind) for r in (whole, run))
+        assert max(float((before[n] - after[n]).abs().max()) for n in before) <= 1e-5, kind
     lines = rundir.ledger_log(run.run_dir).read()
     result = ledger.audit(run, Mixture.open(run), lines, jobs.committed_step(run))
     assert result.clean
-    assert result.samples == 20 * 8
+    assert result.samples == consumed(run.batch, 20)
     assert result.attempts == len(legs)
     assert {line["world_size"] for line in lines} == {1, 2, 3}
+
+
+@pytest.mark.timeout(240)
+def test_averaged_weights_are_the_average(ranks: Ranks) -> None:
+    """At every stage, over the masters, and untouched by a skipped step. The decay grows to 0.4 in step 5."""
+    average = {"optim__ema_decay": 0.4}
+    kinds = [(precision, stage) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+    calls = [(tiny_run(train__precision=p, train__zero_stage=s, **average), 6) for p, s in kinds]
+    calls.append((tiny_run(train__zero_stage=0, optim__name="muon", **average), 6))
+    results = ranks(jobs.drive_averages, 2, calls)
+    for (run, _), *parts in zip(calls, *results, strict=True):
+        for difference, moved, _elements in parts:
+            assert difference <= 1e-7, run.train
+            assert moved >= 1e-4
+        assert sum(elements for *_, elements in parts) == results[0][0][2] + results[1][0][2]
+
+
+@pytest.mark.timeout(120)
+def test_an_average_that_begins_later(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """It begins with the weights of the checkpoint, and the events say so once."""
+    changes: dict[str, Any] = {"storage": str(tmp_path), "data__path": make_data([3000]), "checkpoint__keep": 9}
+    changes |= {"cluster__workers": 1, "train__zero_stage": 1}
+    ranks(jobs.train_runs, 1, [tiny_run(train__stop_at=4, **changes)])
+    for stop in (5, 6):
+        run = tiny_run(train__stop_at=stop, optim__ema_decay=0.3, **changes)
+        ranks(jobs.train_runs, 1, [run])
+    (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "ema_started"]
+    assert event["step"] == 4
+    saved = [c for c in checkpoint.committed(run.run_dir) if isinstance(c, checkpoint.Checkpoint)]
+    assert [(c.index.step, c.index.has_ema) for c in saved] == [(6, True), (5, True), (4, False)]
+    six, five, four = (checkpoint.load_weights(c) for c in saved)
+    for name, average in checkpoint.load_weights(saved[0], "ema").items():
+        expected = 0.3 * (0.3 * four[name].double() + 0.7 * five[name].double()) + 0.7 * six[name].double()
+        assert float((average - expected).abs().max()) <= 1e-7
 
 
 @pytest.mark.timeout(240)

@@ -25,23 +25,24 @@ Ranks = Callable[..., list[Any]]
 def test_bad_samples_are_left_out_and_named(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     """The run that went back equals one that left the samples out from the start, bit for bit."""
     changes = {"data__path": make_data([3000, 900]), "train__rewind": True, "checkpoint__every_steps": 2}
+    changes["batch__warmup_steps"] = 9  # M = 1 1 1 2 2 2 3 3 3 4 4 4
     run = tiny_run(storage=str(tmp_path), **changes)
-    bad = SampleOrder(run, Mixture.open(run)).samples(5 * 8, 8 * 8).tolist()
+    bad = SampleOrder(run, Mixture.open(run)).samples(14, 30).tolist()
     (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, bad)
     assert ends == ["rewound", "finished"]
     (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "rewind"]
-    assert (event["steps"], event["positions"], event["samples"]) == ([5, 8], [[40, 64]], bad)
+    assert (event["steps"], event["positions"], event["samples"]) == ([5, 8], [[14, 30]], bad)
     assert {Path(d["shard"]).name for d in event["documents"]} <= {"train-00000.npy", "train-00001.npy"}
     assert all(d["begins"] for d in event["documents"])
 
-    clean = tiny_run(name="clean", storage=str(tmp_path), data__skip=[[40, 64]], **changes)
+    clean = tiny_run(name="clean", storage=str(tmp_path), data__skip=[[14, 30]], **changes)
     ranks(jobs.train_runs, 2, [clean])
     assert logged(run) == logged(clean)
     resolved = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read())
     found = newest(run.run_dir)
     assert found is not None
     audit = ledger.audit(resolved, Mixture.open(run), rundir.ledger_log(run.run_dir).read(), found.index.step)
-    assert (audit.skipped, audit.samples, audit.duplicates, audit.gaps) == (24, 12 * 8, 0, 0)
+    assert (audit.skipped, audit.samples, audit.duplicates, audit.gaps) == (16, 2 * 30, 0, 0)
     assert audit.clean
     with pytest.raises(UserError, match=r"data\.skip: .*: the samples from position 8 on were trained on already"):
         preflight(tiny_run(storage=str(tmp_path), data__skip=[[8, 16]], **changes), "run.toml")

@@ -40,6 +40,18 @@ def received(run: RunConfig, world_size: int, start: int) -> dict[int, list[int]
 
 
 @pytest.mark.timeout(240)
+def test_a_growing_batch(make_data: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one rank differ in length then; each still reaches its own rank."""
+    monkeypatch.setattr(blocks, "MAX_BLOCK_STEPS", 3)
+    run = tiny_run(data__path=make_data([1100, 300]), train__steps=40, batch__micro_batches=7, batch__warmup_steps=30)
+    order = SampleOrder(run, Mixture.open(run))
+    expected = {step: sorted(order.step(step).reshape(-1).tolist()) for step in range(40)}
+    for world_size in (2, 3):
+        assert received(run, world_size, 0) == expected
+    assert received(run, 3, 17) == {step: ids for step, ids in expected.items() if step >= 17}
+
+
+@pytest.mark.timeout(240)
 def test_exactly_once_at_every_world_size(make_data: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "MAX_BLOCK_STEPS", 3)
     monkeypatch.setattr(stream, "NUMBERS_PER_TASK", 7)  # several planning tasks, as a long run has

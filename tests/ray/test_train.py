@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.order import consumed
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
 from tests.distributed import jobs
@@ -94,7 +95,7 @@ def assert_audit(gpt2dist: Run, run: RunConfig, steps: int) -> None:
     done = gpt2dist("audit", run.run_dir, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
-    assert (result["steps"], result["samples"]) == (steps, steps * run.global_batch)
+    assert (result["steps"], result["samples"]) == (steps, consumed(run.batch, steps))
     assert (result["duplicates"], result["gaps"], result["skipped"]) == (0, 0, 0)
 
 
@@ -108,9 +109,12 @@ def test_killed_driver_resumes_bitwise(
     precision: str,
     stage: int,
 ) -> None:
-    """SIGKILL in the middle, the same command again: the curve of a run that nothing happened to, without Ray."""
-    changes = {"train__precision": precision, "train__zero_stage": stage, "train__steps": 60, "data__path": ""}
-    changes["data__path"] = make_data([3000, 3000])
+    """SIGKILL in the middle, the same command again: the curve of a run that nothing happened to, without Ray.
+
+    The batch still grows when it happens.
+    """
+    changes: dict[str, Any] = {"train__precision": precision, "train__zero_stage": stage, "train__steps": 60}
+    changes |= {"data__path": make_data([3000, 3000]), "batch__warmup_steps": 50}
     undisturbed = tiny_run(name="undisturbed", storage=str(tmp_path), **changes)
     ranks(jobs.train_runs, 2, [undisturbed])
     run = tiny_run(name="killed", storage=str(tmp_path), **changes)
@@ -141,13 +145,14 @@ def test_stopped_and_resumed_with_two_one_and_three_workers(
 ) -> None:
     """A mixture, with another number of workers in each part: the samples of each step are those of one run."""
     data = {make_data([3000, 900], name="a"): 2.0, make_data([1500], name="b"): 1.0}
-    undisturbed = tiny_run(name="undisturbed", storage=str(tmp_path), data__path=data, train__steps=40)
+    changes = {"storage": str(tmp_path), "data__path": data, "train__steps": 40, "optim__ema_decay": 0.9}
+    undisturbed = tiny_run(name="undisturbed", **changes)
     ranks(jobs.train_runs, 2, [undisturbed])
-    run = tiny_run(name="resized", storage=str(tmp_path), data__path=data, train__steps=40)
+    run = tiny_run(name="resized", **changes)
     write(run, tmp_path)
     for workers, stop_at in ((2, 13), (1, 22), (3, 40)):
-        changes = [f"cluster.workers={workers}", f"train.stop_at={stop_at}"]
-        done = gpt2dist("train", f"{run.name}.toml", *(arg for change in changes for arg in ("--set", change)))
+        sets = [f"cluster.workers={workers}", f"train.stop_at={stop_at}"]
+        done = gpt2dist("train", f"{run.name}.toml", *(arg for change in sets for arg in ("--set", change)))
         assert done.returncode == 0, done.stdout + done.stderr
     ledgers = [rundir.ledger_log(r.run_dir).read() for r in (undisturbed, run)]
     ids, resized_ids = ([line["samples_sha256"] for line in lines] for lines in ledgers)
@@ -156,7 +161,7 @@ def test_stopped_and_resumed_with_two_one_and_three_workers(
     assert logged(run) == pytest.approx(logged(undisturbed), abs=1e-5)
     assert_audit(gpt2dist, run, 40)
     assert "epochs" in done.stdout
-    alone, shared = (gpt2dist("evaluate", run.run_dir, "--json", *more) for more in ([], ["--workers", "2"]))
+    alone, shared = (gpt2dist("evaluate", run.run_dir, "--ema", "--json", *more) for more in ([], ["--workers", "2"]))
     assert shared.returncode == 0, shared.stderr
     a, b = json.loads(alone.stdout), json.loads(shared.stdout)
     assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"]) == (248, 248 * 16)

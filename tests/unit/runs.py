@@ -7,14 +7,25 @@ from pathlib import Path
 import torch
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.order import consumed
 from gpt2dist.model.gpt2 import GPT2
 from gpt2dist.train import checkpoint
 from gpt2dist.train.checkpoint import Index
-from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.fragment import EMA, KINDS, Fragment
 
 
-def save_run(run: RunConfig, model: GPT2, step: int = 4, ranks: int = 2) -> str:
-    """A run directory with a checkpoint of the model's weights, each parameter cut in pieces as ZeRO does."""
+def save_run(
+    run: RunConfig,
+    model: GPT2,
+    step: int = 4,
+    ranks: int = 2,
+    average: GPT2 | None = None,
+    fingerprint: str = "f",
+) -> str:
+    """A run directory with a checkpoint of the model's weights, each parameter cut in pieces as ZeRO does.
+
+    average: the averaged weights, where the run has them.
+    """
     directory = checkpoint.step_directory(run.run_dir, step)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     parts = []
@@ -26,11 +37,13 @@ def save_run(run: RunConfig, model: GPT2, step: int = 4, ranks: int = 2) -> str:
             for kind in KINDS:
                 piece = flat[low:high] if kind == "weight" else torch.zeros(high - low)
                 fragments.append(Fragment(name, kind, low, piece))
+            if average:
+                fragments.append(Fragment(name, EMA, low, average.get_parameter(name).detach().flatten()[low:high]))
         parts.append(checkpoint.write_rank(directory, rank, fragments))
     index = Index(
         step=step,
-        position=step * run.global_batch,
-        data_fingerprint="f",
+        position=consumed(run.batch, step),
+        data_fingerprint=fingerprint,
         config=run.model_dump(mode="json"),
         world_size=ranks,
         zero_stage=2,

@@ -150,6 +150,10 @@ def test_dry_run_starts_nothing(run_file: str) -> None:
     numbers = json.loads(cli("train", run_file, "--dry-run", "--json").stdout)
     assert numbers["config"]["optim"]["lr"] == 3e-3
     assert numbers["tokens_per_step"] == 4 * 2 * 16
+    assert numbers["tokens"] == 12 * 4 * 2 * 16
+    grows = ("--set", "batch.warmup_steps=8")
+    assert json.loads(cli("train", run_file, "--dry-run", "--json", *grows).stdout)["tokens"] == (15 + 4 * 4) * 2 * 16
+    assert "in the first 8 steps growing from 1 micro-batches" in cli("train", run_file, "--dry-run", *grows).stdout
     assert numbers["memory_bytes"]["Adam moments"] == 8 * numbers["parameters_padded"] // 2
 
 

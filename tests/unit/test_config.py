@@ -58,6 +58,11 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"model__n_head": 5}, "model: n_embd = 32 is not divisible by n_head = 5"),
         ({"model__preset": "124M"}, "model: give preset, or n_layer, n_head and n_embd, not both"),
         ({"batch__micro_batches": 0}, "batch.micro_batches: input should be greater than or equal to 1, got 0"),
+        ({"batch__initial_micro_batches": 2}, "batch: initial_micro_batches = 2 needs warmup_steps"),
+        (
+            {"batch": {"micro_batches": 2, "initial_micro_batches": 3, "warmup_steps": 9}},
+            "batch: initial_micro_batches = 3 is above micro_batches = 2",
+        ),
         ({"cluster__workers": 5}, "cluster.workers = 5 is more than batch.micro_batches = 4"),
         ({"train__stop_at": 100}, "train: stop_at = 100 is after steps = 12"),
         ({"train__precision": "fp16", "train__zero_stage": 0}, "train: precision = fp16 needs zero_stage 1, 2 or 3"),

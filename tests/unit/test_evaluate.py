@@ -53,6 +53,28 @@ def test_evaluate_equals_transformers(data: str) -> None:
     assert train["samples"] == 6
 
 
+def test_averaged_weights(data: str) -> None:
+    """Saved beside other weights, they are what --ema reads; where there are none it is refused."""
+    changes = {"model": MODEL, "data": {"path": data, "seq_len": T}}
+    model, average = random_model(), random_model()
+    with torch.no_grad():
+        average.wpe.weight.mul_(1.5)
+    alone = save_run(tiny_run(name="alone", **changes), average)
+    both = save_run(tiny_run(name="both", optim__ema_decay=0.9, **changes), model, average=average)
+    generate = ("--prompt", "import", "--max-tokens", "8", "--json")
+    for command in (("export", "--output", "{}"), ("evaluate", "--json"), ("generate", *generate)):
+        results = []
+        for run_dir, more in ((alone, ()), (both, ("--ema",)), (both, ())):
+            options = [option.format(f"out-{len(results)}") for option in command[1:]]
+            result = cli(command[0], run_dir, *options, *more)
+            assert result.exit_code == 0, result.output
+            exported = Path(f"out-{len(results)}", "model.safetensors")
+            results.append(exported.read_bytes() if command[0] == "export" else json.loads(result.stdout))
+        assert results[0] == results[1] != results[2]
+        assert_one_line(cli(command[0], alone, *options, "--ema"), "step-00000004: --ema: no averaged weights")
+        assert_one_line(cli(command[0], "out-0", *options, "--ema"), "out-0: --ema: not a run directory")
+
+
 def test_shares_of_the_samples_add_up(data: str) -> None:
     model = random_model()
     split = MixedSplit(Mixture.of({data: 1.0}), "val", T)

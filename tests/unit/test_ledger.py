@@ -89,6 +89,19 @@ def test_steps_in_another_order_are_not_proven(run: RunConfig, key: str) -> None
     assert result(other, lines).gaps == size
 
 
+def test_steps_of_a_growing_batch_count_as_many_samples_as_they_have(make_data: Callable[..., str]) -> None:
+    grows = tiny_run(data__path=make_data([500, 300]), batch__warmup_steps=8)  # M = 1 1 1 2 2 2 3 3 4 4 …
+    lines = ledger_of(grows)
+    assert [line["positions"] for line in lines[2:5]] == [[4, 6], [6, 10], [10, 14]]
+    clean = result(grows, lines)
+    assert (clean.samples, clean.clean) == (2 * (15 + 16), True)
+    assert result(grows, lines[:3] + lines[4:]).gaps == 4
+    assert result(grows, [*lines[:7], lines[6], *lines[7:]]).duplicates == 6
+    assert result(grows, lines, committed=2).samples == 4
+    constant = tiny_run(data__path=grows.data.path)
+    assert result(constant, lines).samples == 0
+
+
 def test_wrong_positions(run: RunConfig) -> None:
     lines = ledger_of(run)
     lines[3]["positions"] = [0, 8]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from math import cos, pi
+from math import cos, pi, prod
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 
 from gpt2dist.config import OptimSection
 from gpt2dist.model.gpt2 import GPT2Config, build
-from gpt2dist.train.optim import MuonAdamW, adamw, learning_rate
+from gpt2dist.train.optim import MuonAdamW, adamw, ema_decay, learning_rate
 from gpt2dist.train.trainer import dropout_seed
 
 
@@ -41,6 +41,16 @@ def test_schedules_follow_their_formulas(changes: dict[str, Any], expected: dict
         assert learning_rate(o, step, 110) == pytest.approx(rate), step
     for step in (110, 1000):
         assert learning_rate(o, step, 110) == pytest.approx(1.0 if o.schedule == "constant" else 0.1)
+
+
+def test_the_average_forgets_the_first_weights_soon() -> None:
+    """After 200 steps the initial weights count for less than 1e-9 of the average, which 0.999 alone leaves 0.8 of."""
+    o = OptimSection(ema_decay=0.999)
+    decays = [ema_decay(o, n) for n in range(1, 20_000)]
+    assert decays[0] == 2 / 11
+    assert decays[-1] == 0.999
+    assert decays == sorted(decays)
+    assert prod(decays[:200]) < 1e-9
 
 
 def test_only_matrices_decay() -> None:

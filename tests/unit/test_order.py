@@ -7,9 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2dist.config import BatchSection
+from gpt2dist.data import blocks
 from gpt2dist.data.blocks import local_blocks, split_blocks
 from gpt2dist.data.mixture import Component, Mixture
-from gpt2dist.data.order import PADDING, SampleOrder, ids_digest, permutation, positions
+from gpt2dist.data.order import (
+    PADDING,
+    SampleOrder,
+    consumed,
+    ids_digest,
+    micro_batches,
+    permutation,
+    positions,
+    stack_steps,
+)
 from gpt2dist.data.shards import Manifest, Shard, TokenSplit, read_manifest
 from tests.conftest import tiny_run
 
@@ -66,26 +77,62 @@ def test_permutation_is_uniform() -> None:
     assert abs(counts / 4000 - 0.2).max() < 0.03
 
 
+@given(
+    first=st.integers(1, 40),
+    growth=st.integers(0, 40),
+    warmup=st.integers(0, 200),
+    micro=st.integers(1, 8),
+    step=st.integers(0, 500),
+)
+def test_the_batch_grows_and_positions_follow_on(first: int, growth: int, warmup: int, micro: int, step: int) -> None:
+    sizes = {"initial_micro_batches": first, "micro_batches": first + growth}
+    if not warmup:
+        del sizes["initial_micro_batches"]
+    batch = BatchSection(micro_sequences=micro, warmup_steps=warmup, **sizes)
+    counts = [micro_batches(batch, s) for s in range(step + 1)]
+    assert consumed(batch, step) == micro * sum(counts[:-1])
+    assert counts == sorted(counts)
+    assert counts[0] == (first if warmup else first + growth)
+    assert micro_batches(batch, warmup) == first + growth
+    line = [first + growth * s / warmup for s in range(min(warmup, step + 1))]
+    assert all(m <= exact < m + 1 for m, exact in zip(counts, line, strict=False))
+
+
+def test_a_growing_batch_takes_the_same_samples_in_the_same_order() -> None:
+    grows = order_of([3000, 2000], batch__micro_batches=5, batch__warmup_steps=9)
+    steps = [grows.step(s) for s in range(20)]
+    assert [len(ids) for ids in steps] == [1, 1, 1, 2, 2, 3, 3, 4, 4, *[5] * 11]
+    assert np.array_equal(np.concatenate(steps).reshape(-1), grows.samples(0, 2 * (21 + 55)))
+    stacked = stack_steps(steps[2:5])
+    assert stacked.shape == (3, 4)
+    assert stacked[0].tolist() == [*steps[2].reshape(-1), PADDING, PADDING]
+
+
+@pytest.mark.parametrize("warmup", [0, 25])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_share_a_step_without_loss(world_size: int) -> None:
-    order = order_of([3000, 2000])
+def test_ranks_share_a_step_without_loss(world_size: int, warmup: int) -> None:
+    order = order_of([3000, 2000], batch__warmup_steps=warmup)
     for step in range(40):
         parts = np.stack([order.rank_step(step, r, world_size) for r in range(world_size)])
         assert sorted(parts[parts != PADDING]) == sorted(order.step(step).reshape(-1))
         assert ids_digest(parts.reshape(-1)) == ids_digest(order.step(step).reshape(-1))
 
 
+@pytest.mark.parametrize("warmup", [0, 50])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_blocks_bring_the_right_tokens_from_any_step(make_data: Callable[..., str], world_size: int) -> None:
-    run = tiny_run(data__path=make_data([700, 45, 900]), train__steps=60)
+def test_blocks_bring_the_right_tokens_from_any_step(
+    make_data: Callable[..., str], monkeypatch: pytest.MonkeyPatch, world_size: int, warmup: int
+) -> None:
+    monkeypatch.setattr(blocks, "MAX_BLOCK_STEPS", 7)
+    run = tiny_run(data__path=make_data([700, 45, 900]), train__steps=60, batch__warmup_steps=warmup)
     data = Mixture.open(run)
     (part,) = data.components
     stream = np.concatenate([np.load(f"{part.path}/{s.file}") for s in part.manifest.splits["train"]])
     order = SampleOrder(run, data)
     for start in (0, 37):
         for rank in range(world_size):
-            blocks = local_blocks(run, rank, world_size, start)
-            batches = list(split_blocks(blocks, run, rank, world_size, start))
+            parts = local_blocks(run, rank, world_size, start)
+            batches = list(split_blocks(parts, run, rank, world_size, start))
             assert len(batches) == 60 - start
             for step, batch in enumerate(batches, start):
                 assert np.array_equal(batch.ids, order.rank_step(step, rank, world_size))
@@ -96,10 +143,10 @@ def test_blocks_bring_the_right_tokens_from_any_step(make_data: Callable[..., st
 
 def test_wrong_samples_are_refused(make_data: Callable[..., str]) -> None:
     run = tiny_run(data__path=make_data([3000]))
-    blocks = list(local_blocks(run, 0, 2, 0))
-    blocks[0]["sample"][[0, 1]] = blocks[0]["sample"][[1, 0]]
+    parts = list(local_blocks(run, 0, 2, 0))
+    parts[0]["sample"][[0, 1]] = parts[0]["sample"][[1, 0]]
     with pytest.raises(RuntimeError, match="step 0, rank 0: not the samples"):
-        next(split_blocks(blocks, run, 0, 2, 0))
+        next(split_blocks(parts, run, 0, 2, 0))
     with pytest.raises(RuntimeError, match="ended before step 0 of 12"):
         list(split_blocks([], run, 0, 2, 0))
 

@@ -44,7 +44,10 @@ def test_safe(changed: dict[str, Any], shown: str) -> None:
     assert refusal([change], allow_changed=False) == ""
 
 
-@pytest.mark.parametrize("changed", [{"seed": 4}, {"data__shuffle_window": 2}, {"batch__micro_sequences": 4}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"seed": 4}, {"data__shuffle_window": 2}, {"batch__micro_sequences": 4}, {"batch__warmup_steps": 9}],
+)
 def test_another_order_needs_the_flag(changed: dict[str, Any]) -> None:
     found = diff(tiny_run(), tiny_run(**changed))
     assert [change.effect for change in found] == ["order"]
