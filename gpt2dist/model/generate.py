@@ -112,7 +112,8 @@ def choose(logits: Tensor, uniform: Tensor, s: Sampling) -> Tensor:
         k = min(16 * k, size)
     if s.top_p < 1:
         p[before >= s.top_p] = 0  # the likeliest stays: nothing is before it
-    return tokens.gather(-1, _draw(p, uniform)[:, None])[:, 0]
+    tokens, order = tokens.sort(-1)  # by likelihood, rounding that swaps two of them would move every draw between
+    return tokens.gather(-1, _draw(p.gather(-1, order), uniform)[:, None])[:, 0]
 
 
 def _draw(p: Tensor, uniform: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 from gpt2dist.model.linear import product_dtype
 
 CHUNK = 512
-"""Positions whose logits are there at a time where products are fp32, on the CPU: enough for products with the whole
+"""Positions whose logits are there at a time where products are fp32 on the CPU: enough for the products with the whole
 table to be fast."""
 ROWS = {"cpu": 64, "cuda": 2048}
-"""Elsewhere, positions whose 16-bit logits are in fp32 at a time: on the CPU what its cache holds, on CUDA enough to
-fill it."""
+"""Positions that are worked on at a time after the product: on the CPU what its cache holds, on CUDA enough to fill it.
+"""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -24,35 +24,36 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     x: [N, C]; weight: [V, C], V ≥ vocab_size, of x's dtype; targets: int64 [N]; result: scalar fp32.
 
     The logits are computed once; softmax and loss are fp32. In training their gradient (softmax − one-hot) takes their
-    place in memory during the forward pass.
+    place in memory during the forward pass; so there is one backward pass at most.
     """
-    in_chunks = x.device.type == "cpu" and product_dtype(x.dtype, x.device) == torch.float32
+    working = product_dtype(x.dtype, x.device)
+    in_chunks = x.device.type == "cpu" and working == torch.float32
     if torch.is_grad_enabled():
         function: Any = _InChunks if in_chunks else _Whole
         loss: Tensor = function.apply(x, weight, targets, vocab_size)
         return loss
-    weight = weight.to(product_dtype(x.dtype, x.device))
-    losses = []
+    weight, losses = weight.to(working), []
     for part, target in zip(torch.split(x, CHUNK), torch.split(targets, CHUNK), strict=True):
-        logits = F.linear(part.to(weight.dtype), weight)[:, :vocab_size]
+        logits = F.linear(part.to(working), weight)[:, :vocab_size]
         losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
     return torch.cat(losses).mean()
 
 
 class _InChunks(torch.autograd.Function):
-    """All in the forward pass, a chunk of positions after the other; backward scales by the gradient of the loss."""
+    """Products in fp32. The forward pass does it all, one chunk of positions after the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         table = weight.float()
-        losses, grad_x, grad_table = torch.empty(len(x)), torch.empty(x.shape), torch.zeros_like(table)
+        losses, grad_x, grad_table = torch.empty(len(x)), torch.empty(x.shape), torch.empty(table.shape)
         buffer = torch.empty(min(CHUNK, len(x)), len(table))
         for start in range(0, len(x), CHUNK):
-            part, target = x[start : start + CHUNK].float(), targets[start : start + CHUNK]
+            chunk = slice(start, start + CHUNK)
+            part = x[chunk].float()
             logits = torch.mm(part, table.t(), out=buffer[: len(part)])
-            losses[start : start + CHUNK] = _to_gradient(logits, target, vocab_size)
-            grad_x[start : start + CHUNK] = torch.mm(logits, table)
-            grad_table.addmm_(logits.t(), part)
+            losses[chunk] = _to_gradient(logits, targets[chunk], vocab_size)
+            torch.mm(logits, table, out=grad_x[chunk])
+            grad_table.addmm_(logits.t(), part, beta=1 if start else 0)
         ctx.gradients, ctx.dtype = (grad_x, grad_table), x.dtype
         return losses.mean()
 
@@ -69,13 +70,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         logits = torch.mm(x, weight.t())
-        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        rows = ROWS[x.device.type]
-        for start in range(0, len(x), rows):
-            part = logits[start : start + rows]
-            gradient = part.float()
-            losses[start : start + rows] = _to_gradient(gradient, targets[start : start + rows], vocab_size)
-            part.copy_(gradient)
+        losses = _to_gradient(logits, targets, vocab_size)
         ctx.save_for_backward(x, weight)
         ctx.gradient = logits
         return losses.mean()
@@ -92,10 +87,17 @@ class _Whole(torch.autograd.Function):
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Replace fp32 logits [N, V] by softmax − one-hot; result: −log softmax(logits)[target], [N]."""
-    z, at = logits[:, :vocab_size], targets[:, None]
-    largest, of_target = z.amax(-1, keepdim=True), z.gather(1, at)
-    total = z.sub_(largest).exp_().sum(-1, keepdim=True)
-    z.div_(total).scatter_add_(1, at, z.new_full(at.shape, -1.0))
-    logits[:, vocab_size:] = 0
-    return (total.log() + largest - of_target)[:, 0]
+    """Replace logits [N, V] by softmax − one-hot, computed in fp32; result: −log softmax(logits)[target], fp32 [N]."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    rows = ROWS[logits.device.type]
+    for start in range(0, len(logits), rows):
+        part, at = logits[start : start + rows], targets[start : start + rows, None]
+        z = part[:, :vocab_size].float()  # in fp32 the logits themselves
+        largest, of_target = z.amax(-1, keepdim=True), z.gather(1, at)
+        total = z.sub_(largest).exp_().sum(-1, keepdim=True)
+        losses[start : start + rows] = (total.log() + largest - of_target)[:, 0]
+        z.div_(total).scatter_add_(1, at, z.new_full(at.shape, -1.0))
+        if part.dtype != z.dtype:
+            part[:, :vocab_size] = z
+        part[:, vocab_size:] = 0
+    return losses

@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def peak_flops(run: RunConfig, device: torch.device) -> float:
-    """FLOP/s of one worker: train.peak_tflops, or the best of some matrix products of the type that the model's are done in.
+    """FLOP/s of one worker: train.peak_tflops, or the best of some matrix products of the type that the model does.
 
     A product of two n×n matrices takes 2·n³ FLOPs. All workers measure at once, as they will work.
     """
