@@ -60,7 +60,7 @@ def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     torch's x Wᵀ uses one thread for one row, and for a few lays out all of W anew in every call.
     """
-    slices = weight.unflatten(0, (math.gcd(len(weight), SLICES), -1))
+    slices = weight.view(math.gcd(len(weight), SLICES), -1, weight.shape[1])
     columns = x.flatten(0, -2).t().expand(len(slices), -1, -1)
     return torch.add(torch.bmm(slices, columns).flatten(0, 1).t(), bias).reshape(*x.shape[:-1], -1).contiguous()
 
