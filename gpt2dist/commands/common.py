@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import click
 
-from gpt2dist import storage
 from gpt2dist.config import RunConfig, UserError, parse_toml
 
 
@@ -39,6 +38,8 @@ run_dir_argument = click.argument("run_dir", type=click.Path())
 
 def existing(run_dir: str) -> str:
     """The same. Raises `UserError` if there is no such directory."""
+    from gpt2dist import storage
+
     path = storage.location(run_dir)
     if not (path.is_dir() if storage.is_local(path) else storage.children(path)):
         raise UserError(f"{run_dir}: no such run directory")

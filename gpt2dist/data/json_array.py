@@ -8,6 +8,7 @@ from typing import Any
 
 BLOCK_BYTES = 1 << 18
 _STRUCTURE = re.compile(rb'["\[\]{},]')
+_WHITE = re.compile(rb"\s*")
 _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
@@ -28,6 +29,7 @@ def elements(f: Any, limit: int) -> Iterator[tuple[bytes, str]]:
     start = at = depth = count = 0  # the element begins at `start`; what is before `at` was looked at
     quoted = ended = False
     while data := f.read1(BLOCK_BYTES):
+        start = _WHITE.match(buffer, start, at).end()  # type: ignore[union-attr]  # it would pass for the beginning
         del buffer[start + limit + 1 : at], buffer[:start]
         start, at = 0, min(at - start, limit + 1)
         buffer += data

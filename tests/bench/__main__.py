@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import checkpoints, generation, memory, preparation, stream, training
+from tests.bench import checkpoints, failures, generation, memory, preparation, stream, training
 from tests.bench.common import Row
 from tests.conftest import ROOT
 
@@ -26,9 +27,11 @@ BENCHMARKS = {
     "generation": generation.speed,
     "memory": memory.rows,
     "save-stall": checkpoints.stall,
-    "load": checkpoints.load,
+    "load-stage-2": partial(checkpoints.load, 2),
+    "load-stage-3": partial(checkpoints.load, 3),
     "save-overhead": checkpoints.overhead,
     "restart": checkpoints.restart,
+    "failures": failures.rows,
 }
 
 

@@ -152,31 +152,27 @@ def loads(runs: list[RunConfig], rounds: int) -> list[list[float]]:
     return result[1:]
 
 
-def load() -> Iterator[Row]:
+def load(stage: int) -> Iterator[Row]:
     """Checkpoints of one, two and three workers, loaded by two; that of two, loaded by one, two and three."""
     with _directory() as directory:
-        for stage in (2, 3):
-            train = {"steps": 10, "stop_at": 1, "precision": "fp32", "zero_stage": stage, "peak_tflops": 1.0}
-            saved = {world: _run(directory, LARGE, world, train=train) for world in (1, 2, 3)}
-            for world, run in saved.items():
-                _on_ranks(save_one, world, run)
-            times = _on_ranks(loads, 2, [saved[2], saved[1], saved[3]], PAIRS)[0]
-            print(f"  stage {stage}: loads by 2, of 2, 1, 3 workers: {times}", file=sys.stderr)
-            for i, world in ((1, 1), (2, 3)):
-                ratios = [row[i] / row[0] for row in times]
-                name = f"load by 2 workers what {world} saved / what 2 saved, stage {stage}"
-                yield Row(name, ratios, 1.2, "s ratio", at_most=True)
-            readers: dict[int, list[float]] = {1: [], 2: [], 3: []}
-            for _ in range(PAIRS):
-                for world, seconds in readers.items():
-                    seconds.append(_on_ranks(loads, world, [saved[2]], 1)[0][0][0])
-            print(f"  stage {stage}: loads of 2 workers' by 1, 2, 3: {readers}", file=sys.stderr)
-            for world in (1, 3):
-                ratios = [a / b for a, b in zip(readers[world], readers[2], strict=True)]
-                name = f"load what 2 workers saved by {world} / by 2, stage {stage}"
-                yield Row(name, ratios, 1.2, "s ratio", at_most=True)
-            for run in saved.values():
-                shutil.rmtree(run.run_dir)
+        train = {"steps": 10, "stop_at": 1, "precision": "fp32", "zero_stage": stage, "peak_tflops": 1.0}
+        saved = {world: _run(directory, LARGE, world, train=train) for world in (1, 2, 3)}
+        for world, run in saved.items():
+            _on_ranks(save_one, world, run)
+        times = _on_ranks(loads, 2, [saved[2], saved[1], saved[3]], PAIRS)[0]
+        print(f"  loads by 2 of what 2, 1, 3 saved: {times}", file=sys.stderr)
+        for i, world in ((1, 1), (2, 3)):
+            ratios = [row[i] / row[0] for row in times]
+            name = f"load by 2 workers what {world} saved / what 2 saved, stage {stage}"
+            yield Row(name, ratios, 1.2, "s ratio", at_most=True)
+        readers: dict[int, list[float]] = {1: [], 2: [], 3: []}
+        for _ in range(PAIRS):
+            for world, seconds in readers.items():
+                seconds.append(_on_ranks(loads, world, [saved[2]], 1)[0][0][0])
+        print(f"  loads of what 2 saved by 1, 2, 3: {list(readers.values())}", file=sys.stderr)
+    for world in (1, 3):
+        ratios = [a / b for a, b in zip(readers[world], readers[2], strict=True)]
+        yield Row(f"load what 2 workers saved by {world} / by 2, stage {stage}", ratios, 1.2, "s ratio", at_most=True)
 
 
 # ---------------------------------------------------------------------- a whole run

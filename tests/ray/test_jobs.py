@@ -122,7 +122,7 @@ def assert_nowhere(client: Client, run: RunConfig) -> None:
     assert searched > 20
     for text in [*client.printed, *client.command_lines]:
         assert token not in text
-    assert any("gpt2dist.cluster.entry" in line for line in client.command_lines)
+    assert any(f"{run.name}.toml" in line for line in client.command_lines)  # those of the job were seen
     request = urllib.request.Request(f"{client.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request) as answer:
         known = answer.read().decode()

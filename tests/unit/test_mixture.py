@@ -49,9 +49,8 @@ def test_shares_are_exact_and_each_data_set_has_its_epochs(
         assert np.array_equal(np.bincount(source[start : start + SHARES], minlength=len(sizes)), order.shares)
     for k, size in enumerate(order.sizes):  # every sample of a data set once before any of it twice
         mine = ids[source == k]
-        for first in range(0, len(mine), size):
-            epoch = mine[first : first + size]
-            assert len(np.unique(epoch)) == len(epoch)
+        epoch = np.arange(len(mine)) // size
+        assert len(np.unique(np.stack([epoch, mine]), axis=1)[0]) == len(mine)
     bounds = sorted({0, n, *cuts})  # any cut of positions gives the same sequence
     assert np.array_equal(np.concatenate([order.samples(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]), ids)
     for at in cuts:

@@ -191,5 +191,5 @@ def test_why_attempts_began() -> None:
 
 def test_every_event_has_words() -> None:
     """Also one that is not known here."""
-    assert words({"time": 0, "event": "ema_started", "step": 4}) == "ema started: step 4"
+    assert words({"time": 0, "event": "new_thing", "step": 4}) == "new thing: step 4"
     assert words({"time": 0, "event": "commit", "step": 4, "seconds": 1, "stall_s": 0.1}) is None

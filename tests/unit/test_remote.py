@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 from upath import UPath
 
@@ -272,6 +273,7 @@ def test_checkpoint_from_an_object_store(remote: UPath) -> None:
 def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from gpt2dist import s3
 
+    s3fs.S3FileSystem.clear_instance_cache()  # one that an earlier test made has no credentials
     monkeypatch.setattr(s3, "RETRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

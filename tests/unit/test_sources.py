@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2dist.config import RunConfig, UserError
@@ -366,6 +366,7 @@ def test_broken_json_arrays(
     limit=st.integers(1, 40) | st.just(10**6),
     block=st.integers(1, 50),
 )
+@example(values=[None], indent=1, limit=1, block=1)  # more white space than an element may be long
 def test_any_json_array_falls_into_its_elements(values: list[Any], indent: int | None, limit: int, block: int) -> None:
     """However the blocks fall; of an element that is too long, the beginning."""
     saved, json_array.BLOCK_BYTES = json_array.BLOCK_BYTES, block
