@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
+from gpt2dist.model.linear import WITHOUT_UNITS
 from gpt2dist.train import rundir
 from tests.bench import reference
 from tests.bench.common import PAIRS, Row, interleaved
@@ -87,6 +89,8 @@ def _peer(kind: str, steps: int = STEPS, warm: int = WARM) -> float:
 
 def _faster_precision(kind: str) -> str:
     """The peer in fp32 or under bf16 autocast, which depends on the CPU."""
+    if torch.bfloat16 in WITHOUT_UNITS:  # autocast takes minutes a step
+        return kind
     return max((kind, f"{kind}-bf16"), key=lambda k: _peer(k, steps=4, warm=1))
 
 
