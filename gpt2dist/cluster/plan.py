@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps, consumed
 from gpt2dist.model import gpt2
-from gpt2dist.model.loss import ROWS
+from gpt2dist.model.linear import product_dtype
+from gpt2dist.model.loss import CHUNK, ROWS
 from gpt2dist.train.fragment import is_muon_matrix
+from gpt2dist.train.peak import DTYPES
+
+LIBRARIES = 50 << 20
+"""What the first steps add to a process on the CPU beside tensors: code, buffers, gaps in the heap. Measured once."""
 
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
@@ -55,6 +62,8 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["weights"] = low * share[3]
         # At stage 3 in fp32 the weights are the master weights.
         parts["master weights"] = 0 if low == 4 and stage == 3 else 4 * share[1]
+    if on_cpu:
+        parts["libraries"] = LIBRARIES
     if stage == 3:
         # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
         parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
@@ -68,17 +77,30 @@ def memory(run: RunConfig) -> dict[str, int]:
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     tokens = run.batch.micro_sequences * run.data.seq_len
-    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored. With
-    # checkpointing the input of each block, and later all of the one that is computed again.
-    block = 17 * low * config.n_embd * tokens
+    device = torch.device("cpu" if on_cpu else "cuda")
+    product = product_dtype(DTYPES[run.train.precision], device).itemsize
+    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored. Products in
+    # fp32 keep Q, K, V and the result of attention in it. With checkpointing the input of each block, and later all of
+    # the one that is computed again.
+    inputs = low * config.n_embd * tokens
+    block = 17 * inputs + 4 * (product - low) * config.n_embd * tokens
     checkpointing = run.train.activation_checkpointing
-    activations = config.n_layer * (block // 17 if checkpointing else block)
-    # Once, their gradient taking their place; of some rows at a time twice in fp32 (model/loss.py).
-    rows = min(tokens, ROWS["cpu" if on_cpu else "cuda"])
-    logits = (low * tokens + 8 * rows) * config.padded_vocab_size
+    activations = config.n_layer * (inputs if checkpointing else block)
     table = low * config.padded_vocab_size * config.n_embd  # a gradient of the embedding table
+    # The gradient takes the place of the logits (model/loss.py).
+    if on_cpu and product == 4:  # of a chunk at a time; the table and its gradient in fp32
+        loss = {
+            "logits": 4 * min(tokens, CHUNK) * config.padded_vocab_size,
+            "table in fp32": 0 if low == 4 else 2 * table,
+            "gradient of the table": 4 * config.padded_vocab_size * config.n_embd,
+        }
+    else:  # all at once; some rows in fp32
+        rows = 0 if low == 4 else 4 * min(tokens, ROWS[device.type])
+        loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
     bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
-    moments = [{"activations": activations, "logits": logits, "gradient of the table": table}]  # the loss
+    moments = [{"activations": activations, **loss}]
+    if stage == 3:  # where the bucket stays
+        moments[0]["bucket"] = 4 * bucket
     if checkpointing:
         activations += block
         moments.append({"activations": activations, "gradient of the table": table})

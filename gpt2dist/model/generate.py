@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import tiktoken
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2dist.data.tokenizer import EOT
-from gpt2dist.model.gpt2 import GPT2, Head, KVCache
+from gpt2dist.model.gpt2 import GPT2, KVCache
 
 TOP_P_GUESS = 256
 """Tokens among which the likeliest top_p of the probability are first looked for."""
@@ -35,24 +35,6 @@ class Sampling:
     """A text ends before the first of these token ids."""
 
 
-class PackedHead(nn.Module):
-    """The head on the CPU in fp32, its table laid out once for products with `rows` rows.
-
-    Few rows against a large table: torch's own product spends most of its time on that layout, in every call.
-    """
-
-    def __init__(self, head: Head, rows: int) -> None:
-        super().__init__()
-        self.head, self.rows = head, rows
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(head.weight.detach(), rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [rows, 1, n_embd]; result: [rows, 1, padded vocabulary]."""
-        weight, bias = self.head.weight, self.head.padding
-        out: Tensor = torch.ops.mkl._mkl_linear(x.contiguous(), self.packed, weight, bias, self.rows)
-        return out
-
-
 class Generation:
     """Continuations of a batch of prompts, token by token.
 
@@ -71,10 +53,7 @@ class Generation:
             prompts = [p[start:] for p, start in zip(prompts, starts, strict=True)]
         self.model, self.sampling = model, s
         self.done = [False] * len(prompts)
-        weight = model.wte.weight
-        device = weight.device
-        packs = device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        self._head = PackedHead(model.head, len(prompts)) if packs and len(prompts) > 1 else model.head
+        device = model.wte.weight.device
         self._width = max(map(len, prompts))
         self._padding = torch.tensor([self._width - len(p) for p in prompts], device=device)
         self._ids = torch.zeros(len(prompts), self._width + s.max_tokens, dtype=torch.int64, device=device)
@@ -98,7 +77,7 @@ class Generation:
                 x = model.hidden(ids[:, start:end], cache)
             else:
                 x = model.hidden(ids[:, end - 1 : end], cache)
-            tokens = choose(self._head(x)[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
+            tokens = choose(model.head(x)[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
             ids[:, end] = tokens
             drawn = [(row, token) for row, token in enumerate(tokens.tolist()) if not self.done[row]]
             restarted = [row for row, _ in drawn if model.config.document_mask and last[row] == EOT]
@@ -133,7 +112,8 @@ def choose(logits: Tensor, uniform: Tensor, s: Sampling) -> Tensor:
         k = min(16 * k, size)
     if s.top_p < 1:
         p[before >= s.top_p] = 0  # the likeliest stays: nothing is before it
-    return tokens.gather(-1, _draw(p, uniform)[:, None])[:, 0]
+    tokens, order = tokens.sort(-1)  # by likelihood, rounding that swaps two of them would move every draw between
+    return tokens.gather(-1, _draw(p.gather(-1, order), uniform)[:, None])[:, 0]
 
 
 def _draw(p: Tensor, uniform: Tensor) -> Tensor:

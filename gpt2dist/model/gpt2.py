@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.tokenizer import EOT
+from gpt2dist.model.linear import Linear, attention, linear
 from gpt2dist.model.loss import linear_cross_entropy
 
 VOCAB_SIZE = 50257
@@ -136,8 +137,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = c.n_head
         self.dropout = c.dropout
-        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd)
+        self.c_attn = Linear(c.n_embd, 3 * c.n_embd)
+        self.c_proj = Linear(c.n_embd, c.n_embd)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """x, result: [B, T, n_embd]; mask: bool, what each token attends to, None: all before it."""
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1)
+        y = attention(q, k, v, mask, dropout=p, causal=mask is None and T > 1)
         out: Tensor = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
 
@@ -156,8 +157,8 @@ class MLP(nn.Module):
 
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
-        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+        self.c_fc = Linear(c.n_embd, 4 * c.n_embd)
+        self.c_proj = Linear(4 * c.n_embd, c.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """x, result: [B, T, n_embd]."""
@@ -204,7 +205,7 @@ class Head(nn.Module):
         With targets, int64 [B, T]: their mean cross-entropy, scalar fp32.
         """
         if targets is None:
-            return F.linear(x, self.weight, self.padding.to(x.dtype))
+            return linear(x, self.weight, self.padding.to(x.dtype))
         return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten(), self.vocab_size)
 
 

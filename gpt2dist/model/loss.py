@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2dist.model.linear import product_dtype
+
+CHUNK = 512
+"""Positions whose logits are there at a time where products are fp32 on the CPU: enough for the products with the whole
+table to be fast."""
 ROWS = {"cpu": 64, "cuda": 2048}
-"""Positions whose logits are in fp32 at a time: on the CPU what its cache holds, on CUDA enough to fill it."""
+"""Positions that are worked on at a time after the product: on the CPU what its cache holds, on CUDA enough to fill it.
+"""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -17,33 +23,54 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
 
     x: [N, C]; weight: [V, C], V ≥ vocab_size, of x's dtype; targets: int64 [N]; result: scalar fp32.
 
-    The logits are computed once, in the dtype of x; softmax and loss are fp32. In training their gradient
-    (softmax − one-hot) takes their place in memory during the forward pass.
+    The logits are computed once; softmax and loss are fp32. In training their gradient (softmax − one-hot) takes their
+    place in memory during the forward pass; so there is one backward pass at most.
     """
+    working = product_dtype(x.dtype, x.device)
+    in_chunks = x.device.type == "cpu" and working == torch.float32
     if torch.is_grad_enabled():
-        loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, vocab_size)  # type: ignore[no-untyped-call]
+        function: Any = _InChunks if in_chunks else _Whole
+        loss: Tensor = function.apply(x, weight, targets, vocab_size)
         return loss
-    logits = F.linear(x, weight)
-    rows = ROWS[x.device.type]
-    parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-    losses = [F.cross_entropy(part[:, :vocab_size].float(), t, reduction="none") for part, t in parts]
+    weight, losses = weight.to(working), []
+    for part, target in zip(torch.split(x, CHUNK), torch.split(targets, CHUNK), strict=True):
+        logits = F.linear(part.to(working), weight)[:, :vocab_size]
+        losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
     return torch.cat(losses).mean()
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _InChunks(torch.autograd.Function):
+    """Products in fp32. The forward pass does it all, one chunk of positions after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        table = weight.float()
+        losses, grad_x, grad_table = torch.empty(len(x)), torch.empty(x.shape), torch.empty(table.shape)
+        buffer = torch.empty(min(CHUNK, len(x)), len(table))
+        for start in range(0, len(x), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            part = x[chunk].float()
+            logits = torch.mm(part, table.t(), out=buffer[: len(part)])
+            losses[chunk] = _to_gradient(logits, targets[chunk], vocab_size)
+            torch.mm(logits, table, out=grad_x[chunk])
+            grad_table.addmm_(logits.t(), part, beta=1 if start else 0)
+        ctx.gradients, ctx.dtype = (grad_x, grad_table), x.dtype
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad_x, grad_table), ctx.gradients = ctx.gradients, None
+        scale = grad_loss / len(grad_x)
+        return grad_x.mul_(scale).to(ctx.dtype), grad_table.mul_(scale).to(ctx.dtype), None, None
+
+
+class _Whole(torch.autograd.Function):
+    """The logits of all positions at once, in the dtype of x."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         logits = torch.mm(x, weight.t())
-        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        rows = ROWS[x.device.type]
-        for start in range(0, len(x), rows):
-            part, t = logits[start : start + rows], targets[start : start + rows, None]
-            log_p = torch.log_softmax(part[:, :vocab_size], dim=-1, dtype=torch.float32)
-            losses[start : start + rows] = -log_p.gather(1, t)[:, 0]
-            gradient = log_p.exp_()
-            gradient.scatter_add_(1, t, gradient.new_full(t.shape, -1.0))
-            part[:, :vocab_size] = gradient
-            part[:, vocab_size:] = 0
+        losses = _to_gradient(logits, targets, vocab_size)
         ctx.save_for_backward(x, weight)
         ctx.gradient = logits
         return losses.mean()
@@ -57,3 +84,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.mm(ctx.gradient.t(), (x * scale).to(x.dtype))
         ctx.gradient = None
         return grad_x, grad_weight, None, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Replace logits [N, V] by softmax − one-hot, computed in fp32; result: −log softmax(logits)[target], fp32 [N]."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    rows = ROWS[logits.device.type]
+    for start in range(0, len(logits), rows):
+        part, at = logits[start : start + rows], targets[start : start + rows, None]
+        z = part[:, :vocab_size].float()  # in fp32 the logits themselves
+        largest, of_target = z.amax(-1, keepdim=True), z.gather(1, at)
+        total = z.sub_(largest).exp_().sum(-1, keepdim=True)
+        losses[start : start + rows] = (total.log() + largest - of_target)[:, 0]
+        z.div_(total).scatter_add_(1, at, z.new_full(at.shape, -1.0))
+        if part.dtype != z.dtype:
+            part[:, :vocab_size] = z
+        part[:, vocab_size:] = 0
+    return losses

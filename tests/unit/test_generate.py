@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gpt2dist.data import tokenizer
+from gpt2dist.model import linear
 from gpt2dist.model.generate import Generation, Sampling, TextStream, choose, continue_texts
 from gpt2dist.model.gpt2 import GPT2, GPT2Config, KVCache, build
 from tests.conftest import tiny_run
@@ -215,3 +216,11 @@ def test_with_a_document_mask_texts_go_on_as_they_were_trained(prompt: list[int]
         for token in texts:
             assert token == int(model.logits(torch.tensor([ids]))[0, -1].argmax())
             ids.append(token)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}])
+def test_tokens_equal_those_of_torchs_own_products(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    model = random_model()
+    fast = generated(model, prompts_of(3, 9), max_tokens=12, **options)
+    monkeypatch.setattr(linear, "FEW_ROWS", 0)
+    assert fast == generated(model, prompts_of(3, 9), max_tokens=12, **options)

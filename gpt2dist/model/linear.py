@@ -1,0 +1,89 @@
+"""Matrix products on CPUs where torch's own are slow.
+
+In bf16 and fp16 without units for them, torch multiplies in a loop that is several times slower than its fp32 product.
+So the operands become fp32, which is exact, as are the products of two such numbers; sums are fp32, the result is
+rounded once. What backward keeps is 16-bit, but for attention.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW_ROWS = 16
+"""Up to these many, as when tokens are generated, a product takes as long as reading W does."""
+SLICES = 16
+"""Of W, which the threads share then."""
+
+_UNITS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""Of x86 and Arm, by their names in `torch.cpu.get_capabilities`; any of them is enough."""
+
+WITHOUT_UNITS = frozenset(
+    dtype for dtype, names in _UNITS.items() if not any(torch.cpu.get_capabilities().get(name) for name in names)
+)
+"""The 16-bit types for which this CPU has no units."""
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which matrices of `dtype` are multiplied: their own, or fp32."""
+    return torch.float32 if device.type == "cpu" and dtype in WITHOUT_UNITS else dtype
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b, as `nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]; result: [..., out_features]."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b, as `F.linear`. x: [..., in]; weight: [out, in]; bias: [out]; result: [..., out]."""
+    few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
+    if few and x.device.type == "cpu" and x.dtype == torch.float32:
+        return _of_few_rows(x, weight, bias)
+    if few or product_dtype(x.dtype, x.device) == x.dtype:  # for few rows, converting W takes longer than torch's loop
+        return F.linear(x, weight, bias)
+    out: Tensor = _InFp32.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(W xᵀ)ᵀ + b, slices of W one after the other.
+
+    torch's x Wᵀ uses one thread for one row, and for a few lays out all of W anew in every call.
+    """
+    slices = weight.view(math.gcd(len(weight), SLICES), -1, weight.shape[1])
+    columns = x.flatten(0, -2).t().expand(len(slices), -1, -1)
+    return torch.add(torch.bmm(slices, columns).flatten(0, 1).t(), bias).reshape(*x.shape[:-1], -1).contiguous()
+
+
+class _InFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)  # under ZeRO-3 the weight's values come and go
+        out = torch.addmm(bias.float(), x.flatten(0, -2).float(), weight.float().t())
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2).float()
+        grad_x = torch.mm(rows, weight.float()).to(x.dtype).view(x.shape)
+        grad_weight = torch.mm(rows.t(), x.flatten(0, -2).float()).to(x.dtype)
+        return grad_x, grad_weight, rows.sum(0).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool) -> Tensor:
+    """softmax(QKᵀ/√d_k)V, see `F.scaled_dot_product_attention`. q, k, v, result: [B, n_head, T, d_k]."""
+    dtype = q.dtype
+    if product_dtype(dtype, q.device) != dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal).to(dtype)

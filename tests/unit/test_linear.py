@@ -1,0 +1,121 @@
+"""Products in fp32 in place of 16-bit ones, and of few rows, against torch's own in fp64 and fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2dist.model import linear
+from gpt2dist.model.gpt2 import GPT2Config, build
+from gpt2dist.model.linear import FEW_ROWS, Linear, attention, product_dtype
+
+IN, OUT = 200, 96
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without units for 16-bit types, whatever this one has."""
+    monkeypatch.setattr(linear, "WITHOUT_UNITS", frozenset({torch.bfloat16, torch.float16}))
+
+
+def operands(dtype: torch.dtype, *rows: int) -> tuple[Linear, Tensor]:
+    torch.manual_seed(0)
+    return Linear(IN, OUT).to(dtype), torch.randn(*rows, IN).to(dtype).requires_grad_()
+
+
+def error(got: Tensor | None, exact: Tensor | None) -> float:
+    """Largest, relative to the largest value."""
+    assert got is not None
+    assert exact is not None
+    return ((got.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.usefixtures("without_units")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (5, 40)])
+def test_16_bit_products_are_rounded_once(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    """Forward and all gradients lie within half a unit in the last place of fp64 ones of the same operands."""
+    layer, x = operands(dtype, *rows)
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    upstream = torch.randn(*rows, OUT).to(dtype)
+    out, expected = layer(x), F.linear(*exact)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    assert out.dtype == dtype
+    assert out.shape == expected.shape
+    half = torch.finfo(dtype).eps / 2
+    assert error(out, expected.detach()) <= half
+    for mine, theirs in zip((x, layer.weight, layer.bias), exact, strict=True):
+        assert mine.grad is not None
+        assert mine.grad.dtype == dtype
+        assert error(mine.grad, theirs.grad) <= half
+
+
+@pytest.mark.usefixtures("without_units")
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_rounded_once(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 50, 16).bfloat16().requires_grad_() for _ in range(3))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    upstream = torch.randn(2, 3, 50, 16).bfloat16()
+    out = attention(q, k, v, None, dropout=0.0, causal=causal)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=causal)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    assert out.dtype == torch.bfloat16
+    half = torch.finfo(torch.bfloat16).eps / 2
+    assert error(out, expected.detach()) <= half
+    for mine, theirs in zip((q, k, v), exact, strict=True):
+        assert error(mine.grad, theirs.grad) <= half
+
+
+@pytest.mark.usefixtures("without_units")
+def test_an_overflow_of_fp16_is_seen() -> None:
+    """The loss scale falls only if a gradient becomes infinite."""
+    layer, x = operands(torch.float16, 64)
+    layer(x).backward(torch.full((64, OUT), 60000.0, dtype=torch.float16))
+    assert layer.bias.grad is not None
+    assert layer.bias.grad.isinf().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("out", [96, 97], ids=["in slices", "in one"])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (8, 1), (3, 5), (FEW_ROWS,), (FEW_ROWS + 1,)])
+def test_few_rows(rows: tuple[int, ...], out: int) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(IN, out), torch.randn(*rows, IN)
+    got = layer(x)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert got.shape == expected.shape
+    assert got.is_contiguous()  # as F.linear's
+    assert error(got, expected) < 1e-6
+
+
+def test_other_types_go_to_torch(without_units: None) -> None:
+    layer, x = operands(torch.float32, 2, 30)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert product_dtype(torch.bfloat16, CPU) == torch.float32
+    assert product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    assert product_dtype(torch.float64, CPU) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_follows_its_fp32_gradients(dtype: torch.dtype, without_units: None) -> None:
+    """The loss and the direction of the gradient of 16-bit weights are those of the same weights in fp32."""
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=32)
+    low = build(config, 0).to(dtype)
+    full = build(config, 0)
+    full.load_state_dict({name: p.float() for name, p in low.state_dict().items()})
+    tokens = torch.randint(0, 50257, (2, 33), generator=torch.Generator().manual_seed(1))
+    losses = [model(tokens) for model in (low, full)]
+    (losses[0] * 1024).backward()  # fp16 loses small gradients without a scale
+    losses[1].backward()
+    assert abs(losses[0].item() - losses[1].item()) < 0.02
+    for (name, a), b in zip(low.named_parameters(), full.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        cosine = F.cosine_similarity(a.grad.float().flatten(), b.grad.flatten(), dim=0)
+        assert cosine > 0.999, name
