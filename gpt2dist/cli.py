@@ -198,7 +198,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         _dry_run(run, run_file, as_json)
         return
     _check_in_a_job(run, run_file)
-    from gpt2dist.cluster.session import output_to_log, ray_session
+    from gpt2dist.cluster.session import NO_NODES_FOR_DATA, output_to_log, ray_session
     from gpt2dist.cluster.waiting import Room
     from gpt2dist.report import gauges, live, tables
     from gpt2dist.storage import acquire_lock, log_directory
@@ -225,7 +225,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
             tables.changed(console, ready.resume_step, ready.changes)
-            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address, NO_NODES_FOR_DATA):
                 job = launch.TrainJob(run, STARTED, ready.changes)
                 on_stop(job.request_stop)
                 if url := gauges.scrape_url():

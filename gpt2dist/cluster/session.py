@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +31,9 @@ from gpt2dist.config import UserError
 
 OBJECT_STORE_BYTES = 512 << 20
 """Of a private cluster: blocks in flight are a few MB each."""
+
+NO_NODES_FOR_DATA = {"RAY_DATA_CLUSTER_AUTOSCALER": "V2", "RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}
+"""Ray Data then takes the CPUs that are there, and asks no autoscaler for more: it has no other switch."""
 
 
 @contextlib.contextmanager
@@ -57,8 +60,12 @@ def output_to_log(path: Path) -> Iterator[IO[str]]:
 
 
 @contextlib.contextmanager
-def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[None]:
+def ray_session(
+    num_cpus: int, num_gpus: int, address: str | None, env: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a private one and stop it at the end.
+
+    `env`: environment variables of this command's processes on a cluster that it joins.
 
     Raises:
         UserError: there is no cluster at the address.
@@ -69,7 +76,7 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
     temporary = None
     try:
         if address:
-            ray.init(address=address)
+            ray.init(address=address, runtime_env={"env_vars": dict(env)} if env else None)
         else:
             temporary = temporary_directory()
             ray.init(

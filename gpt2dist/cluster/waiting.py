@@ -19,6 +19,8 @@ from gpt2dist.config import RunConfig
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 TIMEOUT_S = 5.0
+RECENT_S = 120.0
+"""A machine that could not be started is told of for so long."""
 
 
 class Room:
@@ -31,18 +33,20 @@ class Room:
         )
         self.accelerator, self.workers = c.accelerator, c.min_workers
         self._at_least = "at least " if c.max_workers > c.min_workers else ""
-        self._began = time.time()
 
     def missing(self) -> str:
         """What the run waits for, in words; nothing where its workers have their room, or find it at once."""
-        if self._placed():
-            return ""
+        try:
+            return "" if self._placed() else self._missing()
+        except ray.exceptions.RayError as e:  # the head is busy, or away, which is no reason to end a run
+            return f"waiting for an answer of Ray's head ({type(e).__name__})"
+
+    def _missing(self) -> str:
         reply = autoscaler_pb2.GetClusterStatusReply()
         reply.ParseFromString(global_worker.gcs_client.get_cluster_status(timeout_s=TIMEOUT_S))
         nodes = [n for n in reply.cluster_resource_state.node_states if self._may_run_on(n)]
-        free, ever = (
-            sum(self._fit(getattr(n, f"{which}_resources")) for n in nodes) for which in ("available", "total")
-        )
+        free = sum(self._fit(n.available_resources) for n in nodes)
+        ever = sum(self._fit(n.total_resources) for n in nodes)
         if free >= self.workers:
             return ""
         what = f"{self._at_least}{self.workers} worker{'s' if self.workers > 1 else ''} of {self._amount(self.needs)}"
@@ -72,7 +76,7 @@ class Room:
         for request in autoscaler.pending_instance_requests:
             starting[request.ray_node_type_name] += request.count
         starting.update(i.ray_node_type_name for i in autoscaler.pending_instances)
-        failed = [f for f in autoscaler.failed_instance_requests if f.failed_ts >= self._began]
+        failed = [f for f in autoscaler.failed_instance_requests if f.failed_ts >= time.time() - RECENT_S]
         said = []
         if starting:
             said.append("starting " + ", ".join(f"{n} × {kind}" for kind, n in sorted(starting.items())))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray.data import DataIterator, ExecutionResources
+from ray.data import DataIterator
 from ray.train import DataConfig
 
 from gpt2dist.config import RunConfig
@@ -47,9 +47,6 @@ class ExactStream(DataConfig):  # type: ignore[misc]
         )
         blocks.context.execution_options = self.default_ingest_options()
         blocks.context.execution_options.preserve_order = True
-        # What the workers leave over: Ray Data would else ask an autoscaler for more nodes, GPUs and all, to read on.
-        spare = max(1.0, ray.available_resources().get("CPU", 0.0))
-        blocks.context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=spare)
         blocks.context.raise_original_map_exception = True  # a damaged shard is named, not "UDF failed"
         (name,) = datasets
         return [{name: split} for split in blocks.streaming_split(world_size, equal=True)]

@@ -117,7 +117,7 @@ class Gauges:
             return
         try:
             found = goodput.of_run(self.run_dir)
-        except StorageError:  # away; the workers' concern
+        except (OSError, StorageError):  # away; the workers' concern
             return
         self._set("goodput", found.share)
         self._set("failures", found.failures)
