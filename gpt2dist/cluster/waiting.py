@@ -82,7 +82,8 @@ class Room:
             said.append("starting " + ", ".join(f"{n} × {kind}" for kind, n in sorted(starting.items())))
         if failed:
             last = max(failed, key=lambda f: f.failed_ts)
-            said.append(f"{last.ray_node_type_name} could not be started: {' '.join(last.reason.split())}")
+            reason = " ".join(last.reason.split()) or "monitor.log on the head says why"
+            said.append(f"{last.ray_node_type_name} could not be started: {reason}")
         if not said:
             said.append(self._why_nothing_starts(autoscaler, ever))
         return "; ".join(said)

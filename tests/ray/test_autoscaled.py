@@ -154,7 +154,7 @@ def test_elastic_run_begins_with_what_there_is_and_grows(
     provider = {"module": f"{scarce.__name__}.{scarce.ScarceProvider.__name__}"}
     run = one_a_node(tmp_path, make_data([30_000]), cluster__workers=[1, 2], cluster__resize_interval_s=5.0)
     with started(monkeypatch, provider=provider) as fleet, training(fleet, write(run, tmp_path)) as driver:
-        said = "waiting for at least 1 worker of 6 CPUs: room for 0, l4 could not be started: InsufficientInstance"
+        said = "waiting for at least 1 worker of 6 CPUs: room for 0, starting 2 × l4; l4 could not be started: "
         wait_for(lambda: any(said in line for line in fleet.lines))
         assert not fleet.look()
         fleet.say("the cloud has one machine now")
