@@ -110,10 +110,7 @@ class LocalCluster:
         self.head = self._start("head", head_cpus, [*head, f"--include-dashboard={dashboard}", *port])
 
     def _autoscaling(self, cluster_file: Mapping[str, Any]) -> Path:
-        """Ray's provider that makes nodes of processes, with the node types and limits of a cluster file.
-
-        A file whose provider has a `module` keeps it: one derived from Ray's.
-        """
+        """Ray's provider that makes nodes of processes, with the node types and limits of a cluster file."""
         types = {}
         for name, entry in cluster_file["available_node_types"].items():
             is_head = name == cluster_file["head_node_type"]
@@ -123,7 +120,7 @@ class LocalCluster:
             types[FAKE_HEAD_TYPE if is_head else name] = {**kept, "node_config": {}}
         provider = {
             "type": "external",
-            "module": cluster_file["provider"].get("module", FAKE_PROVIDER),
+            "module": FAKE_PROVIDER,
             "gcs_address": self.address,
             "head_node_id": FAKE_HEAD_ID,
             "launch_multiple": True,

@@ -22,7 +22,6 @@ import yaml
 from gpt2dist.cluster.local import LocalCluster
 from gpt2dist.config import RunConfig
 from tests.conftest import ROOT, tiny_run
-from tests.ray import scarce
 from tests.ray.test_train import CLI, Run, assert_audit, events, steps_done, wait_for, write
 
 IDLE_S = 12.0
@@ -140,44 +139,6 @@ def test_nodes_come_are_replaced_and_go(
     assert "waiting for 2 workers of 6 CPUs: room for 0, starting 2 × l4; " in said
     assert "failed: " in said
     assert re.search(r"waiting for 2 workers of 6 CPUs: room for 1, starting \d × l4; ", said)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_elastic_run_begins_with_what_there_is_and_grows(
-    make_data: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cloud has no machine at first, then one, then two."""
-    room = tmp_path / "room"
-    room.write_text("0")
-    monkeypatch.setenv(scarce.ROOM, str(room))
-    provider = {"module": f"{scarce.__name__}.{scarce.ScarceProvider.__name__}"}
-    run = one_a_node(tmp_path, make_data([30_000]), cluster__workers=[1, 2], cluster__resize_interval_s=5.0)
-    with started(monkeypatch, provider=provider) as fleet, training(fleet, write(run, tmp_path)) as driver:
-        said = "waiting for at least 1 worker of 6 CPUs: room for 0, starting 2 × l4; l4 could not be started: "
-        wait_for(lambda: any(said in line for line in fleet.lines))
-        assert not fleet.look()
-        fleet.say("the cloud has one machine now")
-        room.write_text("1")
-        wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 10))
-        assert [e["world_size"] for e in events(run, "start")] == [1]
-        fleet.say("the cloud has two machines now")
-        room.write_text("2")
-        wait_for(lambda: fleet.look() and len(events(run, "start")) == 2)
-        wait_for(lambda: fleet.look() and steps_done(run) >= events(run, "start")[-1]["step"] + 10)
-        stop(driver)
-    first, second = events(run, "start")
-    assert (first["world_size"], second["world_size"], second["redone_steps"]) == (1, 2, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_no_node_type_is_large_enough(fleet: Timeline, make_data: Callable[..., str], tmp_path: Path) -> None:
-    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), cluster__cpus_per_worker=97)
-    said = "waiting for 2 workers of 97 CPUs: room for 0, the autoscaler has no node for them: too large, or its limits"
-    with training(fleet, write(run, tmp_path)):
-        wait_for(lambda: any(said in line for line in fleet.lines), 120)
-    assert not fleet.look()
 
 
 @pytest.mark.timeout(300)
