@@ -18,7 +18,9 @@ def run_ranks(
     function: Callable[..., Any], world_size: int, args: tuple[Any, ...], rendezvous: Path, timeout: float
 ) -> list[Any]:
     """function(*args) on every rank of a new process group; returns the results in order of rank."""
-    context = mp.get_context("spawn")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.jobs"])  # DeepSpeed is imported once, not by every rank
     results = context.Queue()
     processes = [
         context.Process(target=_entry, args=(function, rank, world_size, args, str(rendezvous), results))

@@ -100,6 +100,7 @@ def test_stages_and_world_sizes_give_one_fp32_curve(
         assert largest_difference(logged(run), reference) <= 1e-5, run.run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_growing_batch_gives_one_fp32_curve(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     """M = 1 to 5 in 16 steps: at every stage and world size the curve of a plain loop, and no slot is wasted."""
@@ -241,6 +242,7 @@ def test_averaged_weights_are_the_average(ranks: Ranks) -> None:
         assert sum(elements for *_, elements in parts) == results[0][0][2] + results[1][0][2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_an_average_that_begins_later(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     """It begins with the weights of the checkpoint, and the events say so once."""

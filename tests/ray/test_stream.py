@@ -39,6 +39,7 @@ def received(run: RunConfig, world_size: int, start: int) -> dict[int, list[int]
     return {step: sorted(ids[ids != PADDING].tolist()) for step, ids in enumerate(steps, start)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_growing_batch(make_data: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one rank differ in length then; each still reaches its own rank."""
