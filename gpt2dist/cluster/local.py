@@ -122,6 +122,12 @@ class LocalCluster:
         self.stop()
 
     def _start(self, name: str, cpus: float, options: list[str]) -> Node:
+        try:
+            return self._try_to_start(name, cpus, options)
+        except NodeFailed:  # Ray gives itself 30 s: beside a burst of other load a second try helps
+            return self._try_to_start(name, cpus, options)
+
+    def _try_to_start(self, name: str, cpus: float, options: list[str]) -> Node:
         id_, address = secrets.token_hex(28), f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
         log = self.directory / f"{name}.log"
         command = [RAY, "start", "--block", f"--num-cpus={cpus:g}", f"--object-store-memory={STORE_BYTES}", *options]
