@@ -198,8 +198,9 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         _dry_run(run, run_file, as_json)
         return
     _check_in_a_job(run, run_file)
-    from gpt2dist.cluster.session import output_to_log, ray_session
-    from gpt2dist.report import live, tables
+    from gpt2dist.cluster.session import NO_NODES_FOR_DATA, output_to_log, ray_session
+    from gpt2dist.cluster.waiting import Room
+    from gpt2dist.report import gauges, live, tables
     from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
 
@@ -224,10 +225,13 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
             tables.changed(console, ready.resume_step, ready.changes)
-            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address):
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address, NO_NODES_FOR_DATA):
                 job = launch.TrainJob(run, STARTED, ready.changes)
                 on_stop(job.request_stop)
-                live.follow(run, console, job.done, started)
+                if url := gauges.scrape_url():
+                    console.print(f"metrics at {url}")
+                observe = gauges.Gauges(run.name, job.run.run_dir).update
+                live.follow(run, console, job.done, started, observe, Room(run).missing)
                 try:
                     job.check()
                 except launch.TrainingFailed as e:

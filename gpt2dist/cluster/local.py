@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -15,8 +16,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,6 +31,9 @@ STORE_BYTES = 200 << 20
 NETWORK = "127.0.1"
 """Loopback addresses of the nodes; Ray takes 127.0.0.1 for another name of the machine's outer address."""
 PR_SET_PDEATHSIG = 1
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+FAKE_HEAD_ID, FAKE_HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
+"""Ray's own, fixed in that provider."""
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -70,8 +76,13 @@ class LocalCluster:
     Everything lies in a directory of its own; Ray's own files have to, since a socket's path must be short.
     """
 
-    def __init__(self, head_cpus: float = 0, dashboard: bool = False) -> None:
-        """Raises `NodeFailed`."""
+    def __init__(
+        self, head_cpus: float = 0, dashboard: bool = False, autoscaling: Mapping[str, Any] | None = None
+    ) -> None:
+        """autoscaling: a cluster file of `ray up`, whose node types then come as processes of this machine.
+
+        Raises `NodeFailed`.
+        """
         self.directory = Path(temporary_directory())
         self.port = free_port()
         self.dashboard_port = free_port() if dashboard else 0
@@ -94,7 +105,43 @@ class LocalCluster:
         }
         port = [f"--dashboard-host={NETWORK}.1", f"--dashboard-port={self.dashboard_port}"] if dashboard else []
         head = ["--head", f"--port={self.port}", f"--temp-dir={self.directory}"]
+        if autoscaling is not None:
+            head.append(f"--autoscaling-config={self._autoscaling(autoscaling)}")
         self.head = self._start("head", head_cpus, [*head, f"--include-dashboard={dashboard}", *port])
+
+    def _autoscaling(self, cluster_file: Mapping[str, Any]) -> Path:
+        """Ray's provider that makes nodes of processes, with the node types and limits of a cluster file.
+
+        A file whose provider has a `module` keeps it: one derived from Ray's.
+        """
+        types = {}
+        for name, entry in cluster_file["available_node_types"].items():
+            is_head = name == cluster_file["head_node_type"]
+            kept = {key: entry[key] for key in ("resources", "labels", "min_workers", "max_workers") if key in entry}
+            store = {"object_store_memory": STORE_BYTES}
+            kept["resources"] = kept["resources"] | ({} if is_head else store)
+            types[FAKE_HEAD_TYPE if is_head else name] = {**kept, "node_config": {}}
+        provider = {
+            "type": "external",
+            "module": cluster_file["provider"].get("module", FAKE_PROVIDER),
+            "gcs_address": self.address,
+            "head_node_id": FAKE_HEAD_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+        }
+        config = {
+            **{key: value for key, value in cluster_file.items() if key != "docker"},
+            **{key: [] for key in cluster_file if key.endswith("_commands")},  # nothing is installed
+            "auth": {},
+            "file_mounts": {},
+            "provider": provider,
+            "available_node_types": types,
+            "head_node_type": FAKE_HEAD_TYPE,
+        }
+        path = self.directory / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        self.env |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        return path
 
     def add_node(self, cpus: float, *options: str) -> Node:
         """A new node with so many logical CPUs; `options` for `ray start`. Raises `NodeFailed`."""
@@ -128,7 +175,8 @@ class LocalCluster:
             return self._try_to_start(name, cpus, options)
 
     def _try_to_start(self, name: str, cpus: float, options: list[str]) -> Node:
-        id_, address = secrets.token_hex(28), f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
+        id_ = FAKE_HEAD_ID if "RAY_FAKE_CLUSTER" in self.env and name == "head" else secrets.token_hex(28)
+        address = f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
         log = self.directory / f"{name}.log"
         command = [RAY, "start", "--block", f"--num-cpus={cpus:g}", f"--object-store-memory={STORE_BYTES}", *options]
         command += [
@@ -140,6 +188,8 @@ class LocalCluster:
         ]
         with log.open("wb") as out:
             env = {**self.env, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_}
+            if id_ == FAKE_HEAD_ID:
+                env["RAY_CLOUD_INSTANCE_ID"] = id_
             env.pop("RAY_ADDRESS")  # `ray start` has it as an option
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_us

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +33,9 @@ STARTS = 2
 """How often it is tried to start a private cluster."""
 OBJECT_STORE_BYTES = 512 << 20
 """Of a private cluster: blocks in flight are a few MB each."""
+
+NO_NODES_FOR_DATA = {"RAY_DATA_CLUSTER_AUTOSCALER": "V2", "RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}
+"""Ray Data then takes the CPUs that are there, and asks no autoscaler for more: it has no other switch."""
 
 
 @contextlib.contextmanager
@@ -59,8 +62,12 @@ def output_to_log(path: Path) -> Iterator[IO[str]]:
 
 
 @contextlib.contextmanager
-def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[None]:
+def ray_session(
+    num_cpus: int, num_gpus: int, address: str | None, env: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a private one and stop it at the end.
+
+    `env`: environment variables of this command's processes on a cluster that it joins.
 
     Raises:
         UserError: there is no cluster at the address, or none can be started.
@@ -71,7 +78,7 @@ def ray_session(num_cpus: int, num_gpus: int, address: str | None) -> Iterator[N
     temporary = None
     try:
         if address:
-            ray.init(address=address)
+            ray.init(address=address, runtime_env={"env_vars": dict(env)} if env else None)
         else:
             temporary = _start(num_cpus, num_gpus)
     except (ConnectionError, ValueError, RuntimeError) as e:

@@ -17,21 +17,37 @@ from gpt2dist.train import rundir
 POLL_S, REMOTE_POLL_S = 0.25, 2.0
 """Between two looks at the run directory; each is some requests to an object store."""
 PIPE_INTERVAL_S = 20.0
+WAIT_S, WAIT_LOOK_S, WAIT_AGAIN_S = 5.0, 2.0, 60.0
+"""Workers are waited for so long before a word is said; between two looks; on a pipe, until the same is said again."""
+Observer = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
 FULL_BYTES = 1 << 20
 """A disk with less room than this is said to be full."""
 
 
-def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: float) -> None:
-    """Show a run's progress until `done()`; `since`: Unix time, older events are not news."""
+def follow(
+    run: RunConfig,
+    console: Console,
+    done: Callable[[], bool],
+    since: float,
+    observe: Observer = lambda *_: None,
+    missing: Callable[[], str] = lambda: "",
+) -> None:
+    """Show a run's progress until `done()`; `since`: Unix time, older events are not news.
+
+    `observe` is called with the newest events and metrics at every look. While no worker group is there, `missing`
+    is asked what the run waits for.
+    """
     view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
     poll_s = POLL_S if is_local(location(run.run_dir)) else REMOTE_POLL_S
     first_step: int | None = None  # of the newest attempt; lines of earlier steps are not news
     was_full = False
+    wait = _Wait(missing)
     with view:
         finished = False
         while not finished:
             finished = done()  # asked first, so that what was written last is still shown
             events, metrics = _tails(run)
+            observe(events, metrics)
             for event in events:
                 if event["time"] > since:
                     since = event["time"]
@@ -39,14 +55,50 @@ def follow(run: RunConfig, console: Console, done: Callable[[], bool], since: fl
                         view.say(text)
                     if event["event"] == "start":
                         first_step = event["step"]
+                        wait.over()
+                    elif event["event"] in ("launch", "failure", "restart"):
+                        first_step = None
+                        wait.begin(event["time"])
             if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
                 view.show(metrics[-1])
+            elif not finished and (news := wait.look()):
+                view.wait(*news)
             full = _is_full(run)
             if full and not was_full:  # then nothing new can be read either
                 view.say(f"the disk of {run.run_dir} is full: training goes on, but nothing can be saved; make room")
             was_full = full
             if not finished:
                 _sleep(poll_s, done)
+
+
+class _Wait:
+    """How long no worker group has been there, and why."""
+
+    def __init__(self, missing: Callable[[], str]) -> None:
+        self.missing = missing
+        self.began: float | None = None
+        self.text = ""
+        self.next_look = 0.0
+
+    def begin(self, when: float) -> None:
+        """No group is there; perhaps that was known before."""
+        self.began = self.began or when
+
+    def over(self) -> None:
+        """There is one."""
+        self.began = None
+
+    def look(self) -> tuple[str, float] | None:
+        """(what is waited for, since how many seconds), now and then; once with no text when there is room again."""
+        now = time.time()
+        if self.began is None or now - self.began < WAIT_S:
+            before, self.text = self.text, ""
+            return ("", 0.0) if before else None
+        if now < self.next_look:
+            return None
+        self.next_look = now + WAIT_LOOK_S
+        before, self.text = self.text, self.missing()
+        return (self.text, now - self.began) if self.text or before else None
 
 
 def _tails(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -141,6 +193,9 @@ class _LiveLine:
     def say(self, text: str) -> None:
         self.progress.console.print(text)
 
+    def wait(self, text: str, seconds: float) -> None:
+        self.progress.update(self.task, description=f"{text}; {seconds:.0f} s" if text else "starting the workers")
+
     def show(self, m: dict[str, Any]) -> None:
         if "val_loss" in m:
             self.val = f"  val {m['val_loss']:.4f}"
@@ -152,6 +207,7 @@ class _Lines:
     def __init__(self, run: RunConfig, console: Console) -> None:
         self.steps, self.console = run.stop_step, console
         self.shown, self.first, self.last = -1, (0, 0.0), 0.0
+        self.waits_for, self.say_again = "", 0.0
 
     def __enter__(self) -> None:
         pass
@@ -162,6 +218,12 @@ class _Lines:
     def say(self, text: str) -> None:
         self.shown = -1
         self.console.print(text)
+
+    def wait(self, text: str, seconds: float) -> None:
+        if text == self.waits_for and seconds < self.say_again:
+            return
+        self.say(f"{text}; {seconds:.0f} s" if text else "there is room for the workers")
+        self.waits_for, self.say_again = text, seconds + WAIT_AGAIN_S
 
     def show(self, m: dict[str, Any]) -> None:
         step, now = m["step"], time.monotonic()

@@ -641,6 +641,9 @@ MISFITS = {
         "2 machines",
         cluster=("max_workers: 12 ", "max_workers: 1 "),
     ),
+    "an elastic run that may outgrow the fleet": Misfit(
+        ("cluster.workers=[8, 40]",), "fit", RUN_124M, "cluster.workers", "room for 32", "or lower this"
+    ),
     "CPUs that no machine has": Misfit(
         ("cluster.cpus_per_worker=120",), "fit", RUN_124M, "cluster.gpus_per_worker", "no machine has", "ask for less"
     ),

@@ -106,8 +106,10 @@ def _room(document: Document, run_file: RunFile, cluster: Cluster) -> None:
         document.error("fit", path, what, f"allow {machines} machines of {able[0].name}, or fewer workers")
         return
     if room < c.max_workers:
-        what = f"up to {c.max_workers} workers, but there is room for {room}"
-        run_file.add("warning", "fit", "cluster.workers", what, "raise max_workers of the cluster, or lower this")
+        what = (
+            f"up to {c.max_workers} workers, but there is room for {room}: the autoscaler then starts no machine at all"
+        )
+        run_file.add("error", "fit", "cluster.workers", what, "raise max_workers of the cluster, or lower this")
     if len(able) > 1 and c.gpus_per_worker:
         names = " and ".join(group.name for group in able)
         what = f"workers may come to lie on {names} mixed: the slowest GPU sets the pace of all"
