@@ -120,7 +120,7 @@ def test_nodes_come_are_replaced_and_go(
     run = one_a_node(tmp_path, make_data([30_000]))
     assert not fleet.look()
     with training(fleet, write(run, tmp_path)) as driver:
-        wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 30))
+        wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 30), 240)
         assert driver.poll() is None
         time.sleep(20)  # Ray Data asks for more every 10 s, if it may
         assert len(fleet.look()) == 2  # the stream takes what the workers leave of them
