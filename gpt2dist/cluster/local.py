@@ -166,6 +166,12 @@ class LocalCluster:
         self.stop()
 
     def _start(self, name: str, cpus: float, options: list[str]) -> Node:
+        try:
+            return self._try_to_start(name, cpus, options)
+        except NodeFailed:  # Ray gives itself 30 s: beside a burst of other load a second try helps
+            return self._try_to_start(name, cpus, options)
+
+    def _try_to_start(self, name: str, cpus: float, options: list[str]) -> Node:
         id_ = FAKE_HEAD_ID if "RAY_FAKE_CLUSTER" in self.env and name == "head" else secrets.token_hex(28)
         address = f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
         log = self.directory / f"{name}.log"

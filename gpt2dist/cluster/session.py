@@ -29,6 +29,8 @@ import ray
 from gpt2dist.cluster.scratch import temporary_directory
 from gpt2dist.config import UserError
 
+STARTS = 2
+"""How often it is tried to start a private cluster."""
 OBJECT_STORE_BYTES = 512 << 20
 """Of a private cluster: blocks in flight are a few MB each."""
 
@@ -68,7 +70,7 @@ def ray_session(
     `env`: environment variables of this command's processes on a cluster that it joins.
 
     Raises:
-        UserError: there is no cluster at the address.
+        UserError: there is no cluster at the address, or none can be started.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -78,15 +80,7 @@ def ray_session(
         if address:
             ray.init(address=address, runtime_env={"env_vars": dict(env)} if env else None)
         else:
-            temporary = temporary_directory()
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=temporary,
-            )
+            temporary = _start(num_cpus, num_gpus)
     except (ConnectionError, ValueError, RuntimeError) as e:
         if address:
             raise UserError(f"address: {address}: no Ray cluster answers there ({str(e).splitlines()[0]})") from None
@@ -99,6 +93,33 @@ def ray_session(
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start(num_cpus: int, num_gpus: int) -> str:
+    """A private cluster; returns its directory. Ray gives itself 30 s: beside a burst of other load a second try helps.
+
+    Raises:
+        UserError: it does not start.
+    """
+    problem = ""
+    for _ in range(STARTS):
+        temporary = temporary_directory()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+            )
+        except Exception as e:  # Ray's own type for it is Exception
+            problem = str(e).splitlines()[0]
+            ray.shutdown()
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            return temporary
+    raise UserError(f"Ray does not start on this machine: {problem}")
 
 
 def _check_reachable(address: str) -> None:

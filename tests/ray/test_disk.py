@@ -74,6 +74,7 @@ def test_a_disk_that_fills_up(
     assert logged(on_disk) == undisturbed(on_disk, ranks, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_damaged_checkpoints_through_the_command_line(
     make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
