@@ -27,7 +27,7 @@ demo: setup  ## a run that is killed, drained and resized, and its loss curve on
 test: setup  ## the tests, unit first
 	@$(BIN)/python -m pytest -q -m 'not s3 and not slow' tests/unit tests/distributed tests/ray tests/chaos
 
-test-slow: setup  ## more of them: resizing, several nodes, compile, token files; about ten minutes
+test-slow: setup  ## more of them: resizing, several nodes, full disks, autoscaling, compile, chaos; an hour on two cores
 	@$(BIN)/python -m pytest -q -m slow tests/distributed tests/ray tests/chaos
 
 test-s3: setup  ## everything on a real S3 server on loopback, also killed for a while; about six minutes

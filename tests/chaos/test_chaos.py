@@ -11,6 +11,7 @@ import pytest
 
 from gpt2dist.cluster import chaos
 from gpt2dist.config import UserError
+from tests.chaos.soak import soak
 from tests.conftest import tiny_run
 from tests.ray.test_train import Run, write
 
@@ -43,6 +44,18 @@ def test_faults_change_nothing(
     assert sorted(f["fault"] for f in verdict["faults"]) == sorted(faults)
     assert verdict["audit"]["samples"] == 200 * run.global_batch
     assert Path(verdict["picture"]).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_dozen_kills(tmp_path: Path) -> None:
+    """tests/chaos/soak.py does more of it."""
+    report = soak(tmp_path, kills=12, seed=1)
+    assert sum(report.kills.values()) == report.resumes == 12
+    assert len(report.kills) == 3
+    assert (report.duplicates, report.gaps) == (0, 0)
+    assert report.weights_equal
+    assert report.losses_equal
 
 
 def test_the_schedule_depends_on_the_seed_alone() -> None:

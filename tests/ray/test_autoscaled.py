@@ -141,6 +141,7 @@ def test_nodes_come_are_replaced_and_go(
     assert re.search(r"waiting for 2 workers of 6 CPUs: room for 1, starting \d × l4; ", said)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_says_what_it_waits_for(make_data: Callable[..., str], tmp_path: Path) -> None:
     """On a cluster whose nodes nobody starts but a person."""

@@ -117,6 +117,7 @@ def test_notice_too_short_for_a_save(
     assert_audit(gpt2dist, run, steps_done(run))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_group_grows_with_the_cluster_and_shrinks_when_a_node_dies(
     ranks: Callable[..., list[Any]],

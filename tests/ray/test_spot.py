@@ -108,6 +108,7 @@ def daemon(service: Metadata, address: str, log: Path, **env: str) -> Any:
     return process(*command, "--address", address, "--node-ip", SECOND, log=log, **{**SECRETS, **env})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_notice_drains_this_node_and_no_other_whatever_happened_before(tmp_path: Path) -> None:
     port = free_port()
