@@ -73,18 +73,15 @@ def ray_session(
         UserError: there is no cluster at the address, or none can be started.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    temporary = None
     if address:
         _check_reachable(address)
-    temporary = None
-    try:
-        if address:
+        try:
             ray.init(address=address, runtime_env={"env_vars": dict(env)} if env else None)
-        else:
-            temporary = _start(num_cpus, num_gpus)
-    except (ConnectionError, ValueError, RuntimeError) as e:
-        if address:
+        except (ConnectionError, ValueError, RuntimeError) as e:
             raise UserError(f"address: {address}: no Ray cluster answers there ({str(e).splitlines()[0]})") from None
-        raise
+    else:
+        temporary = _start(num_cpus, num_gpus)
     # Ray Data's own bars and chatter go to the log with the rest.
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -44,7 +45,7 @@ class MetadataError(Exception):
     """The metadata service gave no answer that could be used."""
 
 
-class Cloud:
+class Cloud(ABC):
     """A metadata service; `url` is where it listens."""
 
     url: str
@@ -52,13 +53,13 @@ class Cloud:
     def __init__(self, url: str | None = None) -> None:
         self.url = (url or self.url).rstrip("/")
 
+    @abstractmethod
     async def notice(self, http: aiohttp.ClientSession) -> Notice | None:
         """The notice, if there is one.
 
         Raises:
             MetadataError, aiohttp.ClientError, TimeoutError: nothing is known now.
         """
-        raise NotImplementedError
 
 
 class Aws(Cloud):

@@ -56,9 +56,9 @@ def words(event: dict[str, Any]) -> str | None:
         return None
     if text := describe(event):
         return text
+    changes = ", ".join(f"{c['key']}: {c['before']} → {c['now']}" for c in event.get("changes", []))
     if kind == "launch":
-        changes = [f"{c['key']}: {c['before']} → {c['now']}" for c in event.get("changes", [])]
-        return "a command began" + (f"; changed: {', '.join(changes)}" if changes else "")
+        return "a command began" + (f"; changed: {changes}" if changes else "")
     if kind == "exit":
         return "the command ended"
     if kind == "end":
@@ -66,8 +66,7 @@ def words(event: dict[str, Any]) -> str | None:
     if kind == "save_interval":
         return f"from now on a save every {event['seconds']:.1f} s, at a failure every {event['mtbf_s'] / 3600:.1f} h"
     if kind == "data_changed":
-        changes = [f"{c['key']}: {c['before']} → {c['now']}" for c in event.get("changes", [])]
-        return f"other samples from step {event['step']} on: {', '.join(changes)}"
+        return f"other samples from step {event['step']} on: {changes}"
     if kind == "non_finite":
         return str(event["cause"])
     fields = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "event"))
