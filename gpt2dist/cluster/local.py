@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from gpt2dist.cluster.scratch import temporary_directory
+from gpt2dist.cluster.scratch import new_token, temporary_directory
 
 START_S = 60.0
 """How long a node may take to start."""
@@ -88,16 +88,13 @@ class LocalCluster:
         self.dashboard_port = free_port() if dashboard else 0
         self.address = f"{NETWORK}.1:{self.port}"
         self.nodes: list[Node] = []
-        token = self.directory / "token"
-        token.touch(0o600)
-        token.write_text(secrets.token_hex(32))
         self.env = {
             # The environment with which a command joins the cluster; its nodes have it too.
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # of `python` in a job
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN_PATH": str(new_token(self.directory)),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",

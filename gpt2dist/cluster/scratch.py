@@ -1,8 +1,9 @@
-"""Directories for Ray's files."""
+"""Directories and tokens for Ray's files."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,14 @@ def temporary_directory() -> str:
         if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(old, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"g2d-{os.getpid()}-", dir=root)
+
+
+def new_token(directory: str | Path) -> Path:
+    """A file with a new token of Ray's kind, which only this user can read."""
+    path = Path(directory) / "token"
+    path.touch(0o600)
+    path.write_text(secrets.token_hex(32))
+    return path
 
 
 def _alive(pid: int) -> bool:

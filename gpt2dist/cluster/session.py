@@ -25,10 +25,14 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the worker
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import ray
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
-from gpt2dist.cluster.scratch import temporary_directory
+from gpt2dist.cluster.scratch import new_token, temporary_directory
 from gpt2dist.config import UserError
 
+LOOPBACK = "127.0.1.1" if sys.platform == "linux" else None
+"""Address of a private cluster's node. Ray replaces 127.0.0.1 by the outer address; elsewhere it stays on loopback."""
+TOKEN, MODE = "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 STARTS = 2
 """How often it is tried to start a private cluster."""
 OBJECT_STORE_BYTES = 512 << 20
@@ -73,7 +77,7 @@ def ray_session(
         UserError: there is no cluster at the address, or none can be started.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    temporary = None
+    temporary, outer = None, {name: os.environ.get(name) for name in (TOKEN, MODE)}
     if address:
         _check_reachable(address)
         try:
@@ -90,10 +94,13 @@ def ray_session(
         ray.shutdown()
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+            _set_environment(outer)
 
 
 def _start(num_cpus: int, num_gpus: int) -> str:
-    """A private cluster; returns its directory. Ray gives itself 30 s: beside a burst of other load a second try helps.
+    """A private cluster with a token of its own; returns its directory.
+
+    Ray gives itself 30 s: beside a burst of other load a second try helps.
 
     Raises:
         UserError: it does not start.
@@ -101,6 +108,7 @@ def _start(num_cpus: int, num_gpus: int) -> str:
     problem = ""
     for _ in range(STARTS):
         temporary = temporary_directory()
+        _set_environment({TOKEN: str(new_token(temporary)), MODE: None})  # Ray then turns tokens on by itself
         try:
             ray.init(
                 address="local",
@@ -109,6 +117,7 @@ def _start(num_cpus: int, num_gpus: int) -> str:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=temporary,
+                _node_ip_address=LOOPBACK,
             )
         except Exception as e:  # Ray's own type for it is Exception
             problem = str(e).splitlines()[0]
@@ -117,6 +126,16 @@ def _start(num_cpus: int, num_gpus: int) -> str:
         else:
             return temporary
     raise UserError(f"Ray does not start on this machine: {problem}")
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    """Also for Ray's cached token."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _check_reachable(address: str) -> None:

@@ -75,7 +75,9 @@ def soak(directory: Path, kills: int, seed: int, say: Any = print) -> Report:
             else:
                 if victim == "writer":
                     _wait(lambda: _writing(run), driver, "no save")
-                rng.choice(_workers(driver)).kill()
+                _wait(lambda: _workers(driver), driver, "no workers")
+                with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it died by itself meanwhile
+                    rng.choice(_workers(driver)).kill()
             counts[victim] += 1
             say(f"{kill + 1:4d} {victim:6s} after {_steps(run)} steps, {time.monotonic() - began:.0f} s", flush=True)
         _wait(lambda: len(_events(run, "start")) > kills, driver, "no new start")
@@ -192,9 +194,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, help="new; keeps all files (default: a temporary one)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        report = soak(Path(name), options.kills, options.seed)
+    with contextlib.ExitStack() as stack:
+        if options.directory is None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        else:
+            directory = options.directory
+            directory.mkdir(parents=True)
+        report = soak(directory, options.kills, options.seed)
     print(json.dumps(vars(report) | {"seed": options.seed, "cpus": os.cpu_count()}))
     sys.exit(not (report.weights_equal and report.losses_equal and report.duplicates == report.gaps == 0))
 
