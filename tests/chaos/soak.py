@@ -75,9 +75,7 @@ def soak(directory: Path, kills: int, seed: int, say: Any = print) -> Report:
             else:
                 if victim == "writer":
                     _wait(lambda: _writing(run), driver, "no save")
-                _wait(lambda: _workers(driver), driver, "no workers")
-                with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it died by itself meanwhile
-                    rng.choice(_workers(driver)).kill()
+                _kill_a_worker(driver, rng)
             counts[victim] += 1
             say(f"{kill + 1:4d} {victim:6s} after {_steps(run)} steps, {time.monotonic() - began:.0f} s", flush=True)
         _wait(lambda: len(_events(run, "start")) > kills, driver, "no new start")
@@ -145,6 +143,17 @@ def _workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
             if "RayTrainWorker" in " ".join(p.cmdline()):
                 found.append(p)
     return found
+
+
+def _kill_a_worker(driver: subprocess.Popen[bytes], rng: random.Random) -> None:
+    """A group may have none at the moment, and one may end by itself just before."""
+    end = time.monotonic() + CYCLE_S
+    while time.monotonic() < end:
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            rng.choice(_workers(driver)).kill()
+            return
+        time.sleep(0.05)
+    raise AssertionError("no workers")
 
 
 def _end(driver: subprocess.Popen[bytes]) -> None:
