@@ -109,7 +109,10 @@ def memory(run: RunConfig) -> dict[str, int]:
         reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
     elif stage >= 2:  # the table's from both ends of the model, and their sum
         reduce = {"gradients to reduce": 3 * table}
-    if stage == 3:  # and those that wait for their bucket
+    if stage == 3 and low == 4:  # of the table from both ends, and the own part of a bucket
+        own = -(-min(n - table // low, bucket) // world)
+        reduce = {"gradients to reduce": 2 * table + 4 * own, "activations": activations}
+    elif stage == 3:  # and those that wait for their bucket
         reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 3 * table, "activations": activations}
     if stage:
         reduce["bucket"] = 4 * bucket

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests.bench.memory import DEEP, ratio
+from tests.bench.memory import DEEP, SHAPE, ratio
 
+FEW_TOKENS = {**DEEP, "data": {"seq_len": 64}, "batch": {"micro_sequences": 1, "micro_batches": 4}}
+"""Here the most is needed where gradients are reduced."""
 CHECKPOINTING = {**DEEP, "train__activation_checkpointing": True}
 
 
@@ -25,12 +27,14 @@ def test_peak_memory_is_what_the_dry_run_predicts(stage: int) -> None:
         (1, DEEP),
         (2, DEEP),
         (3, DEEP),
+        (3, SHAPE),
+        (3, FEW_TOKENS),
         (0, CHECKPOINTING),
         (1, CHECKPOINTING),
         (2, CHECKPOINTING),
         (3, CHECKPOINTING),
     ],
-    ids=lambda value: str(value) if isinstance(value, int) else "checkpointing" if len(value) > 3 else "plain",
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value)) or "tiny",
 )
 def test_peak_memory_in_fp32_is_what_plan_says(stage: int, changes: dict[str, Any]) -> None:
     assert 0.9 < ratio("fp32", stage, **changes) < 1.1
