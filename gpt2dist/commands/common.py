@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
 
 
@@ -55,3 +57,11 @@ def read_config(run_dir: str, overrides: tuple[str, ...] = ()) -> RunConfig:
         return parse_toml(rundir.config_text(run_dir), config, overrides)
     except FileNotFoundError:
         raise UserError(f"{config}: no such file") from None
+
+
+def check_in_a_job(run: RunConfig, run_file: str) -> None:
+    """On a cluster: the places of RUN_FILE must be reachable from all nodes. Raises `UserError`."""
+    from gpt2dist.cluster.jobs import IN_A_JOB, check_places
+
+    if IN_A_JOB in os.environ:
+        check_places(run, run_file)

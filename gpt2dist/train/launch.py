@@ -27,6 +27,7 @@ from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
 from gpt2dist.train import checkpoint, resume, rundir
+from gpt2dist.train.saved import changes
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
@@ -89,18 +90,11 @@ def preflight(run: RunConfig, source: str) -> Preflight:
     if found is None:
         hf.check_init(run, source)
         return Preflight(0, finished=False, changes=[])
-    changed = compare(run, found, data)
+    changed = changes(run, found, data)
     if reason := resume.refusal(changed, run.data.allow_changed):
         raise UserError(f"{source}: {reason}")
     checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
     return Preflight(found.index.step, found.index.step >= run.stop_step, changed)
-
-
-def compare(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
-    """How the run differs from the one that saved the checkpoint."""
-    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute()
-    index = found.index
-    return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)
 
 
 class TrainJob:

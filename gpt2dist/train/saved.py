@@ -1,4 +1,4 @@
-"""A saved model, in a run directory or in a Hugging Face one."""
+"""What was saved: a model, in a run directory or in a Hugging Face one, and the run that it belongs to."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 from gpt2dist import storage
 from gpt2dist.config import RunConfig, UserError, parse_toml
+from gpt2dist.data.mixture import Mixture
 from gpt2dist.model import gpt2, hf
 from gpt2dist.model.gpt2 import GPT2, GPT2Config
-from gpt2dist.train import checkpoint, rundir
+from gpt2dist.train import checkpoint, resume, rundir
 from gpt2dist.train.peak import DTYPES
 
 
@@ -82,3 +83,10 @@ def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkp
     found = checkpoint.open_step(location, step)
     checkpoint.check_sizes(found)
     return found
+
+
+def changes(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
+    """How the run differs from the one that saved the checkpoint."""
+    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute()
+    index = found.index
+    return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)

@@ -1,0 +1,170 @@
+"""`gpt2dist train`: checks, then a run under the eyes of its user."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from rich.console import Console
+
+from gpt2dist import STARTED
+from gpt2dist.commands.common import address_option, check_in_a_job, command, fail, json_option, set_option
+from gpt2dist.commands.data import hash_shards
+from gpt2dist.config import RunConfig, UserError, load_run
+from gpt2dist.report.console import make_console
+
+
+@click.command()
+@click.argument("run_file", type=click.Path())
+@set_option
+@json_option
+@address_option
+@click.option("--dry-run", is_flag=True, help="Print config, batch arithmetic and memory; start nothing.")
+@command
+def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str | None, dry_run: bool) -> None:
+    """Train the run of RUN_FILE, or go on with it where it stopped.
+
+    Ctrl-C or SIGTERM saves and ends; a second one ends at once.
+
+    \b
+    Example:
+      gpt2dist train jobs/smoke.toml --set cluster.workers=1 --set train.stop_at=50
+    """
+    run = load_run(run_file, overrides)
+    if dry_run:
+        _dry_run(run, run_file, as_json)
+        return
+    check_in_a_job(run, run_file)
+    from gpt2dist.cluster.session import NO_NODES_FOR_DATA, output_to_log, ray_session
+    from gpt2dist.cluster.waiting import Room
+    from gpt2dist.report import gauges, live, tables
+    from gpt2dist.storage import acquire_lock, log_directory
+    from gpt2dist.train import launch
+
+    ready = launch.preflight(run, run_file)
+    if run.data.verify and not ready.finished:
+        for path in run.data_paths:
+            for check in hash_shards(path):
+                if check.problem:
+                    raise UserError(f"{path.rstrip('/')}/{check.file}: shard is {check.problem}")
+    lock = acquire_lock(run.run_dir, "another process is training this run")
+    started = time.time()
+    if ready.finished:
+        console = make_console(stderr=as_json)
+        console.print(f"{run.run_dir}: finished at step {ready.resume_step}; nothing to do")
+    else:
+        log = log_directory(run.run_dir) / "log.txt"
+        # Room for Ray Data's tasks beside the workers; with a single CPU left it takes turns and starts slowly.
+        cpus = max(os.cpu_count() or 1, math.ceil(run.cluster.max_workers * run.cluster.cpus_per_worker) + 4)
+        gpus = math.ceil(run.cluster.max_workers * run.cluster.gpus_per_worker)
+        failure: launch.TrainingFailed | None = None
+        with output_to_log(log) as terminal:
+            console = make_console(None if as_json else terminal)  # with --json: to the log
+            console.print(f"run {run.run_dir}, log {log}")
+            tables.changed(console, ready.resume_step, ready.changes)
+            with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address, NO_NODES_FOR_DATA):
+                job = launch.TrainJob(run, STARTED, ready.changes)
+                on_stop(job.request_stop)
+                if url := gauges.scrape_url():
+                    console.print(f"metrics at {url}")
+                observe = gauges.Gauges(run.name, job.run.run_dir).update
+                live.follow(run, console, job.done, started, observe, Room(run).missing)
+                try:
+                    job.check()
+                except launch.TrainingFailed as e:
+                    failure = e
+        job.left()
+        if failure:
+            fail(f"training failed: {failure}; log: {log}", 1)
+    if lock:
+        lock.release()
+    if as_json:
+        click.echo(json.dumps(_outcome(run)))
+    else:
+        tables.finished(make_console(), run, time.time() - started, run_file)
+
+
+def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
+    from gpt2dist.cluster.plan import arithmetic, memory
+    from gpt2dist.report import tables
+    from gpt2dist.storage import StorageError
+    from gpt2dist.train import checkpoint
+
+    numbers, parts = arithmetic(run), memory(run)
+    newest, away = None, ""
+    try:
+        newest = checkpoint.newest(run.run_dir)
+    except StorageError as e:  # the arithmetic needs no storage
+        away = str(e)
+    changed, reason = _changes(run, newest) if newest else ([], "")
+    if as_json:
+        resume = newest and {"step": newest.index.step, "changes": [change.to_json() for change in changed]}
+        config = {"config": run.model_dump(mode="json")}
+        click.echo(json.dumps({**config, **numbers, "memory_bytes": parts, "resume": resume}))
+    else:
+        console = make_console()
+        tables.dry_run(console, run, numbers, parts)
+        if newest:
+            tables.changed(console, newest.index.step, changed)
+        if away:
+            console.print(f"whether there is a run to go on with is not known: {away}")
+    if reason:
+        raise UserError(f"{run_file}: {reason}")
+
+
+def _changes(run: RunConfig, newest: Any) -> tuple[list[Any], str]:
+    """What the run file changes, and why it cannot go on with that."""
+    from gpt2dist.data.mixture import Mixture
+    from gpt2dist.train import resume, saved
+
+    changed = saved.changes(run, newest, Mixture.open(run))
+    return changed, resume.refusal(changed, run.data.allow_changed)
+
+
+def _outcome(run: RunConfig) -> dict[str, Any]:
+    from gpt2dist.train import checkpoint, rundir
+
+    newest = checkpoint.newest(run.run_dir)
+    metrics = rundir.metrics_log(run.run_dir).read()
+    val = [m["val_loss"] for m in metrics if "val_loss" in m]
+    return {
+        "step": newest.index.step if newest else 0,
+        "loss": metrics[-1]["loss"] if metrics else None,
+        "val_loss": val[-1] if val else None,
+        "skipped": sum("skipped" in m for m in metrics),
+        "checkpoint": str(newest.path) if newest else None,
+    }
+
+
+@contextlib.contextmanager
+def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """First SIGINT or SIGTERM: do what was given to the yielded function (save and end). Second: exit at once."""
+    actions: list[Callable[[], None]] = []
+    seen: list[int] = []
+
+    def handle(signum: int, frame: Any) -> None:
+        seen.append(signum)
+        if len(seen) > 1 or not actions:
+            os._exit(128 + signum)
+        console.print("saving after this step, then ending; once more to end at once")
+        for action in actions:
+            action()
+
+    def on_stop(action: Callable[[], None]) -> None:
+        actions.append(action)
+        for number in previous:  # once more: Ray, which has started meanwhile, puts its own in the place of SIGTERM's
+            signal.signal(number, handle)
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield on_stop
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
