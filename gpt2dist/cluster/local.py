@@ -86,7 +86,7 @@ class LocalCluster:
         self.directory = Path(temporary_directory())
         self.port = free_port()
         self.dashboard_port = free_port() if dashboard else 0
-        self.address = f"{NETWORK}.1:{self.port}"
+        self.address = f"{self.host(0)}:{self.port}"
         self.nodes: list[Node] = []
         self.env = {
             # The environment with which a command joins the cluster; its nodes have it too.
@@ -100,11 +100,19 @@ class LocalCluster:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         }
-        port = [f"--dashboard-host={NETWORK}.1", f"--dashboard-port={self.dashboard_port}"] if dashboard else []
+        port = [f"--dashboard-host={self.host(0)}", f"--dashboard-port={self.dashboard_port}"] if dashboard else []
         head = ["--head", f"--port={self.port}", f"--temp-dir={self.directory}"]
         if autoscaling is not None:
             head.append(f"--autoscaling-config={self._autoscaling(autoscaling)}")
         self.head = self._start("head", head_cpus, [*head, f"--include-dashboard={dashboard}", *port])
+
+    def host(self, number: int) -> str:
+        """IP address of a node; 0: the head."""
+        return f"{NETWORK}.{number + 1}"
+
+    def inside(self, number: int) -> list[str]:
+        """What a command starts with to run on a node."""
+        return []
 
     def _autoscaling(self, cluster_file: Mapping[str, Any]) -> Path:
         """Ray's provider that makes nodes of processes, with the node types and limits of a cluster file."""
@@ -170,10 +178,13 @@ class LocalCluster:
 
     def _try_to_start(self, name: str, cpus: float, options: list[str]) -> Node:
         id_ = FAKE_HEAD_ID if "RAY_FAKE_CLUSTER" in self.env and name == "head" else secrets.token_hex(28)
-        address = f"{NETWORK}.{len(self.nodes) + 1 + (name != 'head')}"
+        number = 0 if name == "head" else len(self.nodes) + 1
+        address = self.host(number)
         log = self.directory / f"{name}.log"
-        command = [RAY, "start", "--block", f"--num-cpus={cpus:g}", f"--object-store-memory={STORE_BYTES}", *options]
+        command = [*self.inside(number), RAY, "start", "--block", *options]
         command += [
+            f"--num-cpus={cpus:g}",
+            f"--object-store-memory={STORE_BYTES}",
             "--min-worker-port=0",
             "--max-worker-port=0",
             f"--dashboard-agent-listen-port={free_port()}",  # through which jobs go; Ray's default is one for all

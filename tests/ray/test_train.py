@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @contextlib.contextmanager
-def training(run_file: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
-    """`gpt2dist train` in the background; at the end neither it nor a descendant is left."""
-    command = [*CLI, "train", str(run_file), *args]
+def training(run_file: Path, *args: str, inside: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """`gpt2dist train` in the background; at the end neither it nor a descendant is left.
+
+    inside: what the command line starts with.
+    """
+    command = [*inside, *CLI, "train", str(run_file), *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen: dict[int, psutil.Process] = {}
     try:
