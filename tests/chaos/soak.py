@@ -54,8 +54,12 @@ class Report:
     seconds: float
 
 
-def soak(directory: Path, kills: int, seed: int, say: Any = print) -> Report:
-    """Kill `kills` times, then stop the run and compare. Raises `AssertionError` where it does not come back."""
+def soak(directory: Path, kills: int, seed: int, latest_s: float = LATEST_S, say: Any = print) -> Report:
+    """Kill `kills` times, each at most `latest_s` after a start, then stop the run and compare.
+
+    Raises:
+        AssertionError: it does not come back.
+    """
     run = _prepare(directory)
     rng = random.Random(seed)
     began = time.monotonic()
@@ -64,7 +68,7 @@ def soak(directory: Path, kills: int, seed: int, say: Any = print) -> Report:
     try:
         for kill in range(kills):
             _wait(lambda n=kill: len(_events(run, "start")) > n, driver, "no new start")  # type: ignore[misc]
-            time.sleep(rng.uniform(0.0, LATEST_S))
+            time.sleep(rng.uniform(0.0, latest_s))
             victim = rng.choice(["worker", "worker", "writer", "driver"])
             if victim == "driver":
                 workers = _workers(driver)
