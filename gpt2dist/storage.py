@@ -1,4 +1,4 @@
-"""Paths on local disk and object stores alike, atomic publishing, and JSON-lines logs.
+"""Paths on local disk and object stores alike, and atomic publishing.
 
 A *location* is a string: a local path or a URL that fsspec knows. Requests to S3 are tried again, with growing
 pauses, for about a minute (docs/storage.md); what fails for good is a `StorageError` of one line.
@@ -9,17 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 import tempfile
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -32,8 +27,6 @@ from gpt2dist.config import UserError
 
 UPLOAD_BYTES = 32 << 20
 """Of a file that is written in pieces to an object store: a request each."""
-SEGMENT_BYTES = 1 << 20
-"""Of a log on an object store: a longer object is not written again, the next one begins."""
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -95,7 +88,8 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _named(path: UPath) -> Iterator[None]:
+def named(path: UPath) -> Iterator[None]:
+    """Errors of an object store become a `StorageError` that names the path."""
     try:
         yield
     except Exception as e:
@@ -110,7 +104,7 @@ def _operation(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         path: Any = args[0]
-        with _named(path):
+        with named(path):
             return function(*args, **kwargs)
 
     return run
@@ -153,7 +147,7 @@ def stage(path: UPath) -> Path:
 def publish_file(temporary: Path, path: UPath) -> None:
     """Like `publish`, of a file that `stage` named."""
     if not is_local(path):
-        with _named(path):
+        with named(path):
             try:
                 path.fs.put_file(str(temporary), path.path)
             finally:
@@ -179,7 +173,7 @@ def writing(path: UPath) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
         return
-    with _named(path):
+    with named(path):
         remote = path.fs.open(path.path, "wb", block_size=UPLOAD_BYTES)
         try:
             yield remote
@@ -273,7 +267,7 @@ def file_size(path: UPath) -> int:
 @contextlib.contextmanager
 def reading(path: UPath) -> Iterator[BinaryIO]:
     """An open file, to be read in pieces. Raises `FileNotFoundError`."""
-    with _named(path), path.open("rb") as f:
+    with named(path), path.open("rb") as f:
         yield f
 
 
@@ -325,211 +319,3 @@ def sha256_of(path: UPath) -> str:
         while chunk := f.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------- logs
-
-
-class JsonLines:
-    """An append-only log, one JSON object a line.
-
-    Floats are written as Python's repr, so equal bits print equal. A torn last line (the writer was
-    killed) is not a record: `read` leaves it out and `keep` removes it.
-
-    Objects cannot be appended to. There the log is x.jsonl, x.1.jsonl, x.2.jsonl, … in this order; a writer keeps
-    the text of its own last one in memory and puts it whole. Two processes that append have different objects.
-    """
-
-    def __init__(self, path: UPath, flush_s: float = 0.0) -> None:
-        """`flush_s`: on an object store, records may wait this many seconds until they are written."""
-        self.path = path
-        self.flush_s = flush_s
-        self._segment: UPath | None = None  # the object that this writer puts again and again
-        self._text = ""
-        self._waiting = False
-        self._flushed = -flush_s
-        self._unwritten: list[dict[str, Any]] = []  # of `try_append`
-        self._lock = threading.RLock()  # checkpoints are committed in a thread of their own
-        self._short_lock = threading.Lock()  # of what is never held while something is written
-        self._thread = ThreadPoolExecutor(1, "log")
-        self._writing: Future[None] | None = None
-
-    def append(self, *records: dict[str, Any]) -> None:
-        """Add records; the data has left the process when this returns, or `flush_s` later.
-
-        All of them, or with an exception none. What `try_append` could not write goes before them.
-        """
-        with self._lock:
-            with self._short_lock:
-                waiting = list(self._unwritten)
-            text = "".join(json.dumps(record) + "\n" for record in [*waiting, *records])
-            if is_local(self.path):
-                _append_text(self.path, text)
-            else:
-                before = self._text, self._waiting
-                self._text += text
-                self._waiting = True
-                try:
-                    if time.monotonic() - self._flushed >= self.flush_s:
-                        self._put()
-                except BaseException:
-                    self._text, self._waiting = before
-                    raise
-            with self._short_lock:
-                del self._unwritten[: len(waiting)]
-
-    def try_append(self, *records: dict[str, Any]) -> None:
-        """Add records without an exception; what cannot be written now is written with the next ones.
-
-        On an object store it is written in the background: that may be away for long, and nobody should wait.
-        """
-        with self._short_lock:
-            self._unwritten += records
-        if is_local(self.path):
-            self._try_to_write()
-        elif self._writing is None or self._writing.done():
-            self._writing = self._thread.submit(self._try_to_write)
-
-    def _try_to_write(self) -> None:
-        try:
-            while self._unwritten:
-                self.append()
-        except (OSError, StorageError) as e:
-            logger.warning("%s: not written yet: %s", self.path, e)
-
-    def flush(self) -> None:
-        """Write the records that wait."""
-        with self._lock:
-            if self._unwritten:
-                self.append()
-            self._put()
-
-    def _put(self) -> None:
-        if not self._waiting:
-            return
-        if self._segment is None:
-            self._segment = self._new_segment()
-        publish(self._segment, self._text.encode())
-        self._waiting, self._flushed = False, time.monotonic()
-        if len(self._text) >= SEGMENT_BYTES:
-            self._segment, self._text = None, ""
-
-    def sync(self) -> None:
-        """Force what was appended to the disk, or the object store."""
-        self.flush()
-        if is_local(self.path) and self.path.exists():
-            with open(self.path, "rb") as f:
-                os.fsync(f.fileno())
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole records; an empty list where there is no file."""
-        if is_local(self.path):
-            with contextlib.suppress(FileNotFoundError):
-                return _records(self.path.read_bytes())
-            return []
-        return [record for _, data in self._contents() for record in _records(data)]
-
-    def tail(self, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
-        """The last whole records, as many as lie in `max_bytes`; on an object store, those of the last object."""
-        if is_local(self.path):
-            with contextlib.suppress(FileNotFoundError):
-                return _last_records(self.path, max_bytes)
-            return []
-        for _, path in reversed(self._segments()):
-            with contextlib.suppress(OSError):  # it was cut between the look at its size and the read
-                with _named(path):
-                    records = _last_records(path, max_bytes)
-                if records:
-                    return records
-        return []
-
-    def keep(self, condition: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Drop the records that do not meet `condition`, atomically; returns the dropped ones.
-
-        On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
-        """
-        if is_local(self.path):
-            data = self.path.read_bytes() if self.path.exists() else b""
-            return self._keep(self.path, data, condition)[1]
-        dropped: list[dict[str, Any]] = []
-        for i, (path, data) in enumerate(reversed(self._contents())):
-            left, gone = self._keep(path, data, condition)
-            dropped = gone + dropped
-            if i == 0 and len(left) < SEGMENT_BYTES:
-                self._segment, self._text, self._waiting = path, left, False
-        return dropped
-
-    def _keep(
-        self, path: UPath, data: bytes, condition: Callable[[dict[str, Any]], bool]
-    ) -> tuple[str, list[dict[str, Any]]]:
-        records = _records(data)
-        left = "".join(json.dumps(record) + "\n" for record in records if condition(record))
-        if left.encode() != data:
-            publish(path, left.encode())
-        return left, [record for record in records if not condition(record)]
-
-    def _segments(self) -> list[tuple[int, UPath]]:
-        """(number, object), in order."""
-        pattern = rf"{re.escape(self.path.stem)}(?:\.(\d+))?{re.escape(self.path.suffix)}"
-        found = ((re.fullmatch(pattern, path.name), path) for path in children(self.path.parent))
-        return sorted((int(match[1] or 0), path) for match, path in found if match)
-
-    def _contents(self) -> list[tuple[UPath, bytes]]:
-        paths = [path for _, path in self._segments()]
-        with ThreadPoolExecutor(16) as threads:
-            return list(zip(paths, threads.map(read_bytes, paths), strict=True))
-
-    def _new_segment(self) -> UPath:
-        """An object of this writer's own, made empty."""
-        number = max((number for number, _ in self._segments()), default=-1) + 1
-        while True:
-            name = f"{self.path.stem}.{number}{self.path.suffix}" if number else self.path.name
-            path = self.path.with_name(name)
-            with _named(path), contextlib.suppress(FileExistsError):
-                path.fs.pipe_file(path.path, b"", mode="create")
-                return path
-            number += 1
-
-
-def _append_text(path: UPath, text: str) -> None:
-    """In one write; after a torn line, which a machine that lost power may have left, on a new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as f:
-        end = f.seek(0, os.SEEK_END)
-        torn = False
-        if end:
-            f.seek(end - 1)
-            torn = f.read(1) != b"\n"
-        data = (b"\n" if torn else b"") + text.encode()
-        try:
-            while data:
-                data = data[f.write(data) :]
-        except OSError:  # the disk is full: no part of a record
-            f.truncate(end)
-            raise
-
-
-def _records(data: bytes) -> list[dict[str, Any]]:
-    return [record for line in data.splitlines(keepends=True) if (record := _record(line)) is not None]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """None for a torn line."""
-    try:
-        record = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
-    if is_local(path):
-        with path.open("rb") as f:
-            end = f.seek(0, os.SEEK_END)
-            f.seek(max(0, end - max_bytes))
-            data = f.read()
-    else:
-        end = file_size(path)
-        data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
-    lines = data.split(b"\n")[1 if end > max_bytes else 0 : -1]
-    return [record for line in lines if (record := _record(line + b"\n")) is not None]

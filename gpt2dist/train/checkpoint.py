@@ -12,8 +12,6 @@ trusted: whatever the files hold, the answer is the state that was saved, or `Ba
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import re
@@ -22,15 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import psutil
 import torch
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 from upath import UPath
 
-from gpt2dist.config import Section, UserError
+from gpt2dist.config import UserError
 from gpt2dist.storage import (
     children,
     exists,
@@ -41,100 +39,16 @@ from gpt2dist.storage import (
     read_bytes,
     remove,
     remove_tree,
-    writing,
 )
+from gpt2dist.train import index as index_json
 from gpt2dist.train import rundir
-from gpt2dist.train.fragment import Fragment, kinds
-from gpt2dist.train.fragment_file import BadFile, FragmentFile, PieceHashes, Read, Slice, checks, header, reads
+from gpt2dist.train.fragment import Fragment
+from gpt2dist.train.fragment_file import BadFile, FragmentFile, Read, Slice, checks, reads
+from gpt2dist.train.index import INDEX, MAX_INDEX_BYTES, Index, Kind, SavedFile, SavedFragment
+from gpt2dist.train.snapshot import Snapshot
 
-INDEX = "index.json"
-MAX_INDEX_BYTES = 64 << 20
-"""About 500,000 fragments."""
-PIECE_BYTES = 256 << 10
-"""Of a file that are hashed together. Smaller, the index grows; larger, a rank reads more around what it needs."""
-WRITE_BYTES = 8 << 20
-"""Written at a time."""
 REMOTE_READS = 16
 """At a time from an object store, by each rank."""
-
-FileName = Annotated[str, Field(pattern=r"^rank-\d{5}(\.\d+)?\.safetensors$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
-Count = Annotated[int, Field(ge=1, le=1 << 50)]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
-
-
-class SavedFragment(Section):
-    """One piece of a flattened parameter, [start, start + length), and the file that holds it."""
-
-    parameter: Name
-    kind: Kind
-    start: int = Field(ge=0, le=1 << 50)
-    length: Count
-    file: FileName
-
-    @property
-    def key(self) -> str:
-        """Name of the tensor inside the file."""
-        return fragment_key(self.parameter, self.kind, self.start)
-
-
-class SavedFile(Section):
-    """Size of one file, and the hashes of its pieces, the last of which may be shorter."""
-
-    file: FileName
-    bytes: Count
-    piece_bytes: int = Field(ge=1, le=1 << 24)
-    sha256: list[Hash]
-
-
-class Index(Section):
-    """index.json: everything about a checkpoint but the numbers."""
-
-    format: Literal["gpt2dist-checkpoint"] = "gpt2dist-checkpoint"
-    version: Literal[1] = 1
-    step: int = Field(ge=0)
-    """Steps done; training goes on with this step."""
-    position: int = Field(ge=0)
-    """Samples consumed."""
-    data_fingerprint: str
-    config: dict[str, Any]
-    """The run's resolved configuration."""
-    world_size: int = Field(ge=1)
-    zero_stage: int
-    attempt: int
-    scalars: dict[str, FiniteFloat]
-    """Adam's step count and the fp16 loss scale."""
-    parameters: dict[Name, Annotated[list[Count], Field(max_length=4)]] = Field(max_length=100_000)
-    """Name → shape."""
-    fragments: list[SavedFragment]
-    """Those of a file in the order in which they lie in it."""
-    files: list[SavedFile]
-
-    def kinds(self, parameter: str) -> tuple[str, ...]:
-        """What it holds of a parameter."""
-        name = self._optim.get("name", "adamw")
-        return kinds(name, self.has_ema, parameter, len(self.parameters[parameter]))
-
-    @property
-    def has_ema(self) -> bool:
-        """Whether it holds the moving average of the weights."""
-        return bool(self._optim.get("ema_decay", 0))
-
-    @property
-    def _optim(self) -> dict[str, Any]:
-        optim = self.config.get("optim")
-        return optim if isinstance(optim, dict) else {}
-
-    def to_bytes(self) -> bytes:
-        """The content of index.json. Its first line is the hash of everything after it."""
-        return with_hash(self.model_dump_json().encode())
-
-
-def with_hash(table: bytes) -> bytes:
-    """A JSON object with `sha256` as its first key, alone on the first line: of all that follows that line."""
-    rest = table.removeprefix(b"{") + b"\n"
-    return b'{"sha256":"' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
 @dataclass(frozen=True)
@@ -152,12 +66,7 @@ class Checkpoint:
     @cached_property
     def files(self) -> dict[str, FragmentFile]:
         """Name → what should be in it, with its hashes."""
-        tensors: dict[str, dict[str, int]] = defaultdict(dict)
-        for f in self.index.fragments:
-            tensors[f.file][f.key] = f.length
-        return {
-            f.file: FragmentFile(self.path / f.file, tensors[f.file], f.sha256, f.piece_bytes) for f in self.index.files
-        }
+        return self.index.made_of(self.path)
 
 
 class BadCheckpoint(Exception):
@@ -170,84 +79,12 @@ class BadCheckpoint(Exception):
         """Of its directory."""
 
 
-def fragment_key(parameter: str, kind: str, start: int) -> str:
-    """Name of a fragment's tensor inside its file."""
-    return f"{parameter}|{kind}|{start}"
-
-
 def step_directory(run_dir: str, step: int) -> UPath:
     """Where the checkpoint of `step` lies."""
     return location(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 # ---------------------------------------------------------------------- writing
-
-
-class Snapshot:
-    """One rank's fragments as they were at one moment, laid out as the data of the file that they become."""
-
-    def __init__(self, rank: int, attempt: int) -> None:
-        # An earlier attempt that is not quite dead may still be writing: never to the same file.
-        again = f".{attempt}" if attempt > 1 else ""
-        self.file = f"rank-{rank:05d}{again}.safetensors"
-        self.table: list[SavedFragment] = []
-        self._header = b""
-        self._data = torch.empty(0)
-        self._left: UPath | None = None  # written, but not known to be part of a checkpoint
-        self.written = 0
-        """Bytes written since it was made."""
-
-    @property
-    def bytes(self) -> int:
-        """Of the file."""
-        return len(self._header) + 4 * len(self._data)
-
-    def take(self, fragments: Iterable[Fragment]) -> None:
-        """Copy the fragments to host memory; always the same ones, so that this is allocated once."""
-        source = list(fragments)
-        if not self.table:
-            self._lay_out(source)
-        end = 0
-        for f, saved in zip(source, self.table, strict=True):
-            self._data[end : end + saved.length].copy_(f.tensor.detach(), non_blocking=True)
-            end += saved.length
-        if source and source[0].tensor.is_cuda:
-            torch.cuda.synchronize()
-
-    def write(self, directory: UPath) -> SavedFile:
-        """Write the file, in pieces; returns its size and hashes."""
-        self.discard()
-        hashes = PieceHashes(PIECE_BYTES)
-        data: Any = self._data.view(torch.uint8).numpy()
-        parts = [memoryview(self._header)]
-        parts += [memoryview(data[i : i + WRITE_BYTES]) for i in range(0, len(data), WRITE_BYTES)]
-        with writing(directory / self.file) as f:
-            for part in parts:
-                hashes.update(part)
-                f.write(part)
-                self.written += len(part)
-        self._left = directory / self.file
-        return SavedFile(file=self.file, bytes=self.bytes, piece_bytes=PIECE_BYTES, sha256=hashes.hex())
-
-    def discard(self) -> None:
-        """Delete the file that was written last, unless `kept` was called since: it would only take room."""
-        if self._left is not None:
-            remove(self._left)
-            self._left = None
-
-    def kept(self) -> None:
-        """What was written last is part of a checkpoint."""
-        self._left = None
-
-    def _lay_out(self, fragments: list[Fragment]) -> None:
-        for f in fragments:
-            length = f.tensor.numel()
-            table = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": length, "file": self.file}
-            self.table.append(SavedFragment.model_validate(table))
-        self._header = header({f.key: f.length for f in self.table})
-        pinned = bool(fragments) and fragments[0].tensor.is_cuda
-        # Zeros: touched now, not in the first save.
-        self._data = torch.zeros(sum(f.length for f in self.table), pin_memory=pinned)
 
 
 def write_rank(
@@ -267,7 +104,7 @@ def commit(directory: UPath, index: Index) -> None:
         UserError: files are not there as they were written, or the index would be too large.
     """
     try:
-        check_index(index)
+        index_json.check(index)
         check_sizes(Checkpoint(directory, index))
     except ValueError as e:
         raise BadCheckpoint(f"{directory / INDEX}: {e}") from None
@@ -398,8 +235,8 @@ def read_index(path: UPath) -> Index:
             raise BadCheckpoint(f"{path / INDEX}: missing, or not a plain file")
         if size > MAX_INDEX_BYTES:
             raise BadCheckpoint(f"{path / INDEX}: {size:,} bytes are too many for an index")
-        index = Index.model_validate(_parse(read_bytes(path / INDEX)))
-        check_index(index)
+        index = Index.model_validate(index_json.parse(read_bytes(path / INDEX)))
+        index_json.check(index)
     except ValidationError as e:
         problem = e.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"])
@@ -409,66 +246,6 @@ def read_index(path: UPath) -> Index:
     if path.name != f"step-{index.step:08d}":
         raise BadCheckpoint(f"{path / INDEX}: of another step, {index.step}")
     return index
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    """The table in index.json, without its hash. Raises `ValueError`."""
-    first, _, rest = data.partition(b"\n")
-    match = re.fullmatch(rb'\{"sha256":"([0-9a-f]{64})",', first)
-    if match is None or hashlib.sha256(rest).hexdigest() != match[1].decode():
-        raise ValueError("content differs from its sha256")
-    try:
-        table = json.loads(b"{" + rest, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return dict(table)
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a key stands twice")
-    return table
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
-
-
-def check_index(index: Index) -> None:
-    """Each element of every parameter in exactly one fragment of each of its kinds; files made of their fragments.
-
-    Raises `ValueError`.
-    """
-    spans: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
-    files = {f.file for f in index.files}
-    for f in index.fragments:
-        if f.parameter not in index.parameters:
-            raise ValueError(f"fragment of an unknown parameter {f.parameter}")
-        if f.file not in files:
-            raise ValueError(f"fragment in an unlisted file {f.file}")
-        if f.kind not in index.kinds(f.parameter):
-            raise ValueError(f"{f.parameter} has no {f.kind}")
-        spans[f.parameter, f.kind].append(f)
-    for name, shape in index.parameters.items():
-        for kind in index.kinds(name):
-            end = 0
-            for f in sorted(spans[name, kind], key=lambda f: f.start):
-                if f.start != end:
-                    raise ValueError(f"{name} {kind}: missing or repeated at {end}")
-                end += f.length
-            if end != math.prod(shape):
-                raise ValueError(f"{name} {kind}: {end} of {math.prod(shape)} elements")
-    if len(files) != len(index.files):
-        raise ValueError("a file is listed twice")
-    made = Checkpoint(UPath(), index).files
-    for file in index.files:
-        if file.bytes != made[file.file].bytes:
-            raise ValueError(f"{file.file} has {file.bytes:,} bytes, its fragments make {made[file.file].bytes:,}")
-        if len(file.sha256) != made[file.file].pieces:
-            raise ValueError(f"{file.file} has {len(file.sha256)} hashes for {made[file.file].pieces} pieces")
-    if "optimizer_steps" not in index.scalars:
-        raise ValueError("no optimizer_steps")
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import Ids, SampleOrder, consumed, ids_digest, positions
 from gpt2dist.train import rundir
-from gpt2dist.train.checkpoint import Index
+from gpt2dist.train.index import Index
 from gpt2dist.train.resume import order_id
 
 

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from gpt2dist.config import RunConfig, UserError
-from gpt2dist.storage import JsonLines, file_size, is_local, location, publish, read_bytes, remove
+from gpt2dist.logs import JsonLines
+from gpt2dist.storage import file_size, is_local, location, publish, read_bytes, remove
 
 REQUEST_FILE = "request"
 """While this file is in the run directory, the worker group saves and ends after the step that it is on."""

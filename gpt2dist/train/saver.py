@@ -22,8 +22,9 @@ from typing import Any, Protocol
 from upath import UPath
 
 from gpt2dist.config import UserError
-from gpt2dist.train.checkpoint import SavedFile, SavedFragment, Snapshot
 from gpt2dist.train.fragment import Fragment
+from gpt2dist.train.index import SavedFile, SavedFragment
+from gpt2dist.train.snapshot import Snapshot
 
 GUESS_BYTES_PER_S = 100e6
 """Assumed speed of storage until a save was measured."""

@@ -32,6 +32,7 @@ from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.fragment import EMA
+from gpt2dist.train.index import Index
 from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
@@ -365,9 +366,9 @@ class Trainer:
         if (reasoning := self.times.ended(outcome)) and self.rank == 0:
             self._event("save_interval", **reasoning)
 
-    def _index(self) -> checkpoint.Index:
+    def _index(self) -> Index:
         """The index of this step, but for what the ranks will have written."""
-        return checkpoint.Index(
+        return Index(
             step=self.step,
             position=consumed(self.run.batch, self.step),
             data_fingerprint=self.data.fingerprint,
@@ -381,7 +382,7 @@ class Trainer:
             fragments=[],
         )
 
-    def _commit(self, index: checkpoint.Index, ids: Ids, written: Written) -> None:
+    def _commit(self, index: Index, ids: Ids, written: Written) -> None:
         """Rank 0, in the background: the ledger's lines, then the index, then retention. ids: [world, steps, slots]."""
         starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
@@ -431,7 +432,7 @@ class Trainer:
         if self.run.checkpoint.every_minutes == "auto":
             self._event("save_interval", **self.times.reasoning)
 
-    def _log_change(self, index: checkpoint.Index) -> None:
+    def _log_change(self, index: Index) -> None:
         """An event where steps train on other samples than the checkpoint's run would have."""
         before, now = index.data_fingerprint, self.data.fingerprint
         if order_id(index.config, before) == self.order:

@@ -10,8 +10,8 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.order import consumed
 from gpt2dist.model.gpt2 import GPT2
 from gpt2dist.train import checkpoint
-from gpt2dist.train.checkpoint import Index
 from gpt2dist.train.fragment import EMA, KINDS, Fragment
+from gpt2dist.train.index import Index
 
 
 def save_run(

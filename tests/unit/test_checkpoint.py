@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2dist.config import UserError
-from gpt2dist.train import checkpoint, fragment_file, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, Index, NoneLeft
+from gpt2dist.train import checkpoint, fragment_file, rundir, snapshot
+from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, NoneLeft
 from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.index import INDEX, Index
 
 SHAPES = {"a": (6, 5), "b": (7,)}
 STEP_4 = "checkpoints/step-00000004"
@@ -75,7 +76,7 @@ def test_a_directory_without_index_does_not_exist(tmp_path: Path) -> None:
 def test_retention(tmp_path: Path) -> None:
     for step in range(1, 8):
         save(tmp_path, step)
-    dead = checkpoint.step_directory(str(tmp_path), 5) / checkpoint.INDEX
+    dead = checkpoint.step_directory(str(tmp_path), 5) / INDEX
     dead.unlink()  # as an attempt leaves it that dies while saving
     assert checkpoint.prune(str(tmp_path), keep=2, keep_every=3) == [1, 2, 4, 5]
     left = [c.index.step for c in checkpoint.committed(str(tmp_path)) if isinstance(c, Checkpoint)]
@@ -112,8 +113,8 @@ def flip(path: Any, at: int | None = None) -> None:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 40)
-    monkeypatch.setattr(checkpoint, "WRITE_BYTES", 100)
+    monkeypatch.setattr(snapshot, "PIECE_BYTES", 40)
+    monkeypatch.setattr(snapshot, "WRITE_BYTES", 100)
     monkeypatch.setattr(fragment_file, "READ_BYTES", 80)
 
 
@@ -232,7 +233,7 @@ def test_files_of_other_machines_are_not_committed(tmp_path: Path) -> None:
     checkpoint.write_rank(other, 0, fragments({"a": [13], "b": [7]})[0])
     with pytest.raises(UserError, match="rank-00001.safetensors: missing.*do all workers write to the same storage"):
         checkpoint.commit(other, saved.index.model_copy(update={"step": 9}))
-    assert not (other / checkpoint.INDEX).exists()
+    assert not (other / INDEX).exists()
 
 
 def test_commit_refuses_what_is_incomplete(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_commit_refuses_what_is_incomplete(tmp_path: Path) -> None:
     other = checkpoint.step_directory(str(tmp_path), 9)
     with pytest.raises(BadCheckpoint, match="elements"):
         checkpoint.commit(other, index)
-    assert not (other / checkpoint.INDEX).exists()
+    assert not (other / INDEX).exists()
 
 
 def test_a_checkpoint_that_does_not_fit_the_model(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ from safetensors.torch import save as to_safetensors
 from gpt2dist.config import UserError
 from gpt2dist.model.gpt2 import GPT2Config, build
 from gpt2dist.train import checkpoint
-from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, with_hash
+from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint
 from gpt2dist.train.fragment import KINDS, Fragment
+from gpt2dist.train.fragment_file import header
+from gpt2dist.train.index import INDEX, with_hash
 from tests.conftest import tiny_run
 from tests.unit.runs import save_run
 from tests.unit.test_checkpoint import everything, save
@@ -50,7 +52,7 @@ def limited_memory(more: int = 2 << 30) -> Iterator[None]:
 
 
 def index_file(saved: Checkpoint) -> Path:
-    return Path(saved.path / checkpoint.INDEX)
+    return Path(saved.path / INDEX)
 
 
 def change_index(saved: Checkpoint, change: Change) -> None:
@@ -349,7 +351,7 @@ def test_a_file_of_a_terabyte_of_nothing(tmp_path: Path) -> None:
         i["parameters"] = {"a": [elements]}
         fragment = {"parameter": "a", "start": 0, "length": elements, "file": file.file}
         i["fragments"] = [{**fragment, "kind": kind} for kind in KINDS]
-        made = checkpoint.header({f"a|{kind}|0": elements for kind in KINDS})
+        made = header({f"a|{kind}|0": elements for kind in KINDS})
         size = len(made) + 12 * elements
         os.truncate(saved.path / file.file, size)
         pieces = -(-size // (1 << 24))

@@ -16,10 +16,11 @@ import s3fs
 import torch
 from upath import UPath
 
-from gpt2dist import storage
+from gpt2dist import logs, storage
 from gpt2dist.config import UserError
 from gpt2dist.data import cache
-from gpt2dist.storage import JsonLines, StorageError, location, publish
+from gpt2dist.logs import JsonLines
+from gpt2dist.storage import StorageError, location, publish
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint
 from gpt2dist.train.fragment import Fragment
@@ -57,7 +58,7 @@ def test_a_log_is_one_object_written_now_and_then(remote: UPath) -> None:
 
 
 def test_a_long_log_goes_on_in_another_object(remote: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "SEGMENT_BYTES", 100)
+    monkeypatch.setattr(logs, "SEGMENT_BYTES", 100)
     log = JsonLines(remote / "log.jsonl")
     records = [{"step": i, "loss": 1 / (i + 3)} for i in range(50)]
     for record in records:
@@ -91,7 +92,7 @@ def test_nobody_waits_for_a_store_that_is_away(remote: UPath, monkeypatch: pytes
             raise StorageError(f"{path}: cannot be reached")
         publish(path, data)
 
-    monkeypatch.setattr(storage, "publish", publish_later)
+    monkeypatch.setattr(logs, "publish", publish_later)
     log = JsonLines(remote / "log.jsonl")
     start = time.monotonic()
     for i in range(3):

@@ -15,12 +15,13 @@ from upath import UPath
 
 from gpt2dist.config import CheckpointSection
 from gpt2dist.train import savetimes
-from gpt2dist.train.checkpoint import SavedFile, Snapshot
 from gpt2dist.train.fragment import Fragment
+from gpt2dist.train.index import SavedFile
 from gpt2dist.train.interval import WRITES_APART, young_daly
 from gpt2dist.train.notice import MARGIN_S, Notice, plan
 from gpt2dist.train.saver import GUESS_BYTES_PER_S, Outcome, Saver, Written
 from gpt2dist.train.savetimes import FIRST_PAUSE_S, LONGEST_PAUSE_S, SaveTimes, running_seconds
+from gpt2dist.train.snapshot import Snapshot
 from tests.disks import Disk, small_disk
 
 

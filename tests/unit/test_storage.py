@@ -9,7 +9,8 @@ import pytest
 from upath import UPath
 
 from gpt2dist.config import UserError
-from gpt2dist.storage import JsonLines, check_writable, publish, remove_tree, sha256_of, writing
+from gpt2dist.logs import JsonLines
+from gpt2dist.storage import check_writable, publish, remove_tree, sha256_of, writing
 from tests.disks import Disk, small_disk
 
 
