@@ -14,7 +14,7 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch, local_blocks, split_blocks
-from gpt2dist.train import checkpoint, savetimes
+from gpt2dist.train import checkpoint, savetimes, snapshot
 from gpt2dist.train.checkpoint import NoneLeft
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.trainer import NotSaved, Trainer
@@ -59,7 +59,7 @@ def slow_disk(trainer: Trainer, step: int) -> None:
         with writing(path) as f:
             yield f
 
-    writing, checkpoint.writing = checkpoint.writing, slow
+    writing, snapshot.writing = snapshot.writing, slow
 
 
 def none(trainer: Trainer, step: int) -> None:
@@ -74,7 +74,7 @@ def train_all(calls: list[tuple[RunConfig, Fault]]) -> list[dict[str, Any]]:
 
 def train(run: RunConfig, fault: Fault = none) -> dict[str, Any]:
     """{"start", "end"} of one run; `end` is the message where it could not go on."""
-    writing = checkpoint.writing
+    writing = snapshot.writing
     engine = Engine(run, torch.device("cpu"))
     trainer = Trainer(run, engine)
     try:
@@ -89,7 +89,7 @@ def train(run: RunConfig, fault: Fault = none) -> dict[str, Any]:
             return {"start": start, "end": str(e)}
     finally:
         _limit(resource.RLIM_INFINITY)
-        checkpoint.writing = writing
+        snapshot.writing = writing
         trainer.close()
         engine.close()
 
