@@ -52,7 +52,7 @@ def attempts(events: list[dict[str, Any]]) -> list[Attempt]:
 def words(event: dict[str, Any]) -> str | None:
     """An event for the record; None for those that say nothing to a person."""
     kind = event["event"]
-    if kind in ("commit", "restart"):
+    if kind in ("commit", "restart", "reservation"):
         return None
     if text := describe(event):
         return text

@@ -26,7 +26,7 @@ from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
-from gpt2dist.train import checkpoint, resume, rundir
+from gpt2dist.train import checkpoint, reservation, resume, rundir
 from gpt2dist.train.saved import changes
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
@@ -109,6 +109,7 @@ class TrainJob:
         self.run = run.absolute()
         self._events = rundir.events_log(self.run.run_dir)
         rundir.withdraw(self.run.run_dir)
+        reservation.release(self._events.read())
         self._resolve()
         changed = [change.to_json() for change in changes]
         self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
@@ -210,7 +211,11 @@ class TrainJob:
                 name=f"fit-{uuid.uuid4().hex[:8]}",
                 **ray_storage(scratch),
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-                callbacks=[FailureLog(run.run_dir), SaveBeforeResize(run.run_dir)],
+                callbacks=[
+                    FailureLog(run.run_dir),
+                    SaveBeforeResize(run.run_dir),
+                    reservation.ReservationLog(run.run_dir),
+                ],
             ),
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),

@@ -9,8 +9,14 @@ import sys
 
 import pytest
 import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 
 from gpt2dist.cluster.session import ray_session
+from gpt2dist.train import reservation
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -39,3 +45,26 @@ def test_a_stranger_is_refused_and_the_environment_restored(monkeypatch: pytest.
     assert not os.path.exists(token)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def test_room_of_a_dead_driver_is_given_back() -> None:
+    """What Ray's own client has reserved under the name in the log, and nothing else."""
+    events = [
+        {"event": "launch"},
+        {"event": "reservation", "requester": "train-of-an-earlier-command"},
+        {"event": "launch"},
+        {"event": "reservation", "requester": "train-dead"},
+    ]
+
+    def reserved(name: str) -> float:
+        nodes = ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote(name)).values()
+        return float(sum(node.get("CPU", 0) for node in nodes))
+
+    with ray_session(4, 0, None):
+        reservation.release(events)  # no coordinator yet
+        for name in ("train-dead", "train-of-another-run"):
+            TrainAutoscalingCoordinatorClient(name).send_resource_request(ScalingConfig(num_workers=1), 1)
+            assert reserved(name) == 1
+        reservation.release(events)
+        assert reserved("train-of-another-run") == 1
+        assert reserved("train-dead") == 0

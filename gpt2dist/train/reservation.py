@@ -1,0 +1,48 @@
+"""Room that Ray keeps for a run: given back where a driver died before it could.
+
+Ray Train reserves the room of an elastic run with Ray's AutoscalingCoordinator. After the death of a driver that
+reservation lives on for up to 200 s, and the same run, started again, would wait for the room that it has itself.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from gpt2dist.train import rundir
+
+COORDINATOR = "AutoscalingCoordinator"
+"""Ray's name for its actor, and of the namespace in which that is."""
+TIMEOUT_S = 5.0
+
+
+class ReservationLog(ControllerCallback):  # type: ignore[misc]
+    """Writes under which name Ray Train reserves room to events.jsonl, from Ray Train's controller."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray Train calls this once for each worker group."""
+        requester = f"train-{train_run_context.run_id}"
+        event = {"time": time.time(), "event": "reservation", "requester": requester}
+        rundir.events_log(self.run_dir).try_append(event)
+
+
+def release(events: list[dict[str, Any]]) -> None:
+    """Give back what the last command of a run has reserved; that command has ended. Ray must be initialized."""
+    starts = [i for i, event in enumerate(events) if event["event"] == "launch"]
+    last = events[starts[-1] :] if starts else []
+    requesters = [event["requester"] for event in last if event["event"] == "reservation"]
+    if not requesters:
+        return
+    try:
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+        ray.get([coordinator.cancel_request.remote(requester) for requester in requesters], timeout=TIMEOUT_S)
+    except ValueError:  # a new cluster: nothing is reserved
+        pass
+    except ray.exceptions.RayError as e:
+        print(f"room that a dead driver had reserved is not given back yet: {type(e).__name__}", flush=True)
