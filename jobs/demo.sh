@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 rm -rf runs/demo-undisturbed runs/demo-chaos runs/demo-chaos.png
 step() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 step gpt2dist prepare jobs/demo.toml
-step gpt2dist chaos jobs/demo.toml --faults kill-worker,drain-node,kill-driver --seed 4
+step gpt2dist chaos jobs/demo.toml --faults kill-worker,drain-node,kill-driver --seed 6
 step gpt2dist audit runs/demo-chaos
