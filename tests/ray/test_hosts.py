@@ -24,7 +24,7 @@ __all__ = ["on_cluster"]
 SUBNET = "10.213.77"
 PREFIX = f"g2d{os.getpid() % 10**6}"
 SEEN_DEAD = {
-    # How Ray finds out that a host does not answer; its own values take half a minute.
+    # How Ray finds out that a host does not answer; its own values are longer.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
