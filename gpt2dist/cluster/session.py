@@ -21,8 +21,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # a notice may leave only seconds
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # then Ray counts the machines anew
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other load
-# Read by torch in the workers: large tensors in huge pages, whose first use costs less on the CPU.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import ray
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -93,6 +94,37 @@ def _choose_optimizer(engine: Any, _basic: Any) -> str | None:
 DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
 
 
+def _add_in_pieces(output: Tensor | None, gradient: Tensor) -> None:
+    """Add a 16-bit gradient to its fp32 sum. DeepSpeed makes a fp32 copy of the whole gradient first."""
+    if output is not None:
+        for a, b in zip(output.split(1 << 20), gradient.split(1 << 20), strict=True):
+            a.add_(b.to(a.dtype))
+
+
+def _norm_of_own(zero: Any, gradients: list[Tensor], _params: Any, norm_type: float = 2) -> Tensor:
+    """2-norm of the gradients of all ranks' parts; DeepSpeed makes a fp64 copy of each gradient first."""
+    assert norm_type == 2
+    squares = [_norm(g).square() for g in gradients if not getattr(g, "_zero_padding", False)]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=zero.device)
+    dist.all_reduce(total, group=zero.dp_process_group)
+    norm = total.sqrt().float()
+    return torch.where(norm.isfinite(), norm, -1.0)  # which DeepSpeed's has there
+
+
+DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(_add_in_pieces)
+DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
+
+
+def _norm(x: Tensor) -> Tensor:
+    """2-norm of all elements, fp64. In rows, since torch's fp32 sum of millions of squares is off by 1e-3 on the CPU."""
+    rows, rest = x.flatten().tensor_split([x.numel() // _NORM_ROW * _NORM_ROW])
+    norms = torch.linalg.vector_norm(rows.view(-1, _NORM_ROW), dim=1)
+    return torch.linalg.vector_norm(torch.cat((norms, rest)).double())
+
+
+_NORM_ROW = 1024
+
+
 class Engine:
     """A GPT-2, its optimizer and its place among the ranks. torch.distributed must be initialized."""
 
@@ -144,7 +176,7 @@ class Engine:
         `gas` is then how many of them each rank runs, padding included.
         """
         self.gas = accumulation_steps(micro_batches, self.world_size)
-        self._weight = self.world_size / micro_batches  # micro-batches are summed, then averaged over the ranks
+        self._weight = (self.world_size if self.stage == 3 else 1) / micro_batches  # stage 3 averages over the ranks
         self._done = 0  # micro-batches of this step that this rank has run
 
     def forward_backward(self, tokens: Tensor, *, padding: bool, spoilt: bool = False) -> Tensor:
@@ -180,9 +212,7 @@ class Engine:
 
     def _step_replicated(self) -> StepResult:
         parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
-        # In fp64: torch's fp32 norm of millions of elements is off by 1e-4 on the CPU.
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(torch.stack([_norm(p.grad) for p in parameters]))
         applied = bool(torch.isfinite(norm))
         if not applied:
             for p in parameters:
@@ -457,7 +487,7 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "fp16": {"enabled": t.precision == "fp16", "initial_scale_power": t.initial_loss_scale.bit_length() - 1},
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": t.overlap_comm,
+            "overlap_comm": t.overlap_comm and run.cluster.gpus_per_worker > 0,  # or else only a second buffer
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": 2 * bucket,  # even, as it must be
             "stage3_prefetch_bucket_size": bucket,
@@ -467,8 +497,9 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 has no sum
         "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,
-        "communication_data_type": "fp32",
+        "communication_data_type": "fp32" if world_size > 1 or stage == 0 else t.precision,  # alone nothing is summed
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -11,6 +11,7 @@ import ray.train.torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.stream import step_batches
+from gpt2dist.train.allocator import keep_memory
 from gpt2dist.train.notice import Notice
 
 DATASET = "train"
@@ -60,7 +61,10 @@ def _train(run: RunConfig) -> str:
     from gpt2dist.train.engine import Engine
     from gpt2dist.train.trainer import Diverged, NotSaved, Trainer
 
-    engine = Engine(run, ray.train.torch.get_device())
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        keep_memory()
+    engine = Engine(run, device)
     with contextlib.closing(engine):
         trainer = Trainer(run, engine, preemption_notice)
         with contextlib.closing(trainer):

@@ -1,6 +1,7 @@
 """Training speed of the whole stack (Ray Train + Ray Data + DeepSpeed) against peers, and against its own engine.
 
-tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads and huge pages.
+tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads and huge pages,
+and peers are compiled, as are the blocks of our model where it is faster.
 """
 
 from __future__ import annotations
@@ -101,11 +102,12 @@ def peers() -> Iterator[Row]:
     theirs: dict[str, list[float]] = {kind: [] for kind in ("plain", *map(_faster_precision, ("fast", "transformers")))}
     with _data() as directory:
         for _ in range(PAIRS):
-            run = _run(directory, threads=2)
+            run = _run(directory, threads=2, compile=True)
             ours.append(_whole_stack(run))
             mfu.append(_median(run, "mfu"))
             for kind, rates in theirs.items():
                 rates.append(_peer(kind))
+                print(f"  {kind}: {ours[-1] / rates[-1]:.3f}", file=sys.stderr, flush=True)
     for kind, rates in theirs.items():
         name, bar = {
             "plain": ("plain fp32 PyTorch loop", 2.8),
