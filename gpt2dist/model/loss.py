@@ -14,7 +14,7 @@ CHUNK = 512
 """Positions whose logits are there at a time where products are fp32 on the CPU: enough for the products with the whole
 table to be fast."""
 ROWS = {"cpu": 8, "cuda": 2048}
-"""Positions whose softmax is computed at a time, in fp32: on the CPU what its cache holds, on CUDA enough to fill it."""
+"""Positions whose softmax is computed at a time, in fp32: on the CPU what a cache holds, on CUDA enough to fill it."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

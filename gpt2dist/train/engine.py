@@ -97,7 +97,7 @@ DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
 def _add_in_pieces(output: Tensor | None, gradient: Tensor) -> None:
     """Add a 16-bit gradient to its fp32 sum. DeepSpeed makes a fp32 copy of the whole gradient first."""
     if output is not None:
-        for a, b in zip(output.split(1 << 20), gradient.split(1 << 20), strict=True):
+        for a, b in zip(torch.split(output, 1 << 20), torch.split(gradient, 1 << 20), strict=True):
             a.add_(b.to(a.dtype))
 
 
@@ -116,10 +116,11 @@ DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
 
 
 def _norm(x: Tensor) -> Tensor:
-    """2-norm of all elements, fp64. In rows, since torch's fp32 sum of millions of squares is off by 1e-3 on the CPU."""
+    """2-norm of all elements, fp64. In rows: torch's fp32 sum of millions of squares is off by 1e-3 on the CPU."""
     rows, rest = x.flatten().tensor_split([x.numel() // _NORM_ROW * _NORM_ROW])
     norms = torch.linalg.vector_norm(rows.view(-1, _NORM_ROW), dim=1)
-    return torch.linalg.vector_norm(torch.cat((norms, rest)).double())
+    norm: Tensor = torch.linalg.vector_norm(torch.cat((norms, rest)).double())
+    return norm
 
 
 _NORM_ROW = 1024

@@ -19,6 +19,7 @@ LAYERS = [
     ["gpt2dist.train.saver"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
     [
+        "gpt2dist.train.allocator",
         "gpt2dist.train.divergence",
         "gpt2dist.train.interval",
         "gpt2dist.train.notice",
