@@ -333,3 +333,11 @@ def test_metrics_have_the_promised_keys(ranks: Ranks, make_data: Callable[..., s
     assert "val_loss" in rows[-1]
     trace = json.loads(gzip.decompress((Path(run.run_dir) / "profile" / "steps-1-2.json.gz").read_bytes()))
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_norm_of_many_elements() -> None:
+    from gpt2dist.train.engine import _norm  # imports DeepSpeed
+
+    x = torch.randn(5_000_007, generator=torch.Generator().manual_seed(0)) * 1e-3
+    assert abs(_norm(x).item() / x.double().norm().item() - 1) < 1e-7
+    assert abs(x.norm().item() / x.double().norm().item() - 1) > 1e-6  # why it is there

@@ -137,8 +137,11 @@ def test_padded_vocabulary_is_inert() -> None:
     loss.backward()
     assert model.wte.weight.grad[CONFIG.vocab_size :].abs().max() == 0
     with torch.no_grad():
+        evaluated = model(tokens)
         model.wte.weight[CONFIG.vocab_size :] = 1e3  # whatever stands there
-        assert model(tokens).item() == loss.item()
+    assert model(tokens).item() == loss.item()
+    with torch.no_grad():
+        assert model(tokens).item() == evaluated.item()
         assert (model.logits(tokens)[..., CONFIG.vocab_size :] == -torch.inf).all()
 
 
