@@ -179,7 +179,7 @@ class TrainSection(Section):
     bucket_mb: float = Field(default=100.0, ge=0.1)
     """Gradients are reduced, and at stage 3 weights gathered ahead, in pieces of this many MB (10^6 bytes of fp32)."""
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass goes on; takes a second bucket. On GPUs only."""
+    """Reduce gradients while the backward pass goes on; takes a second bucket."""
     offload_optimizer: bool = False
     """Keep master weights and Adam moments in host memory, and update them there; changes nothing on CPU workers."""
     offload_param: bool = False

@@ -91,15 +91,17 @@ def _to_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     of_target = logits.gather(1, targets[:, None]).float()
     losses = torch.empty_like(of_target)
     rows = min(ROWS[logits.device.type], len(logits))
-    buffer = torch.empty(rows, logits.shape[1], dtype=torch.float32, device=logits.device)
+    buffer = None  # in fp32 the logits themselves
+    if logits.dtype != torch.float32:
+        buffer = torch.empty(rows, logits.shape[1], dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
         part = logits[start : start + rows]
-        z = part if part.dtype == buffer.dtype else buffer[: len(part)].copy_(part)
+        z = part if buffer is None else buffer[: len(part)].copy_(part)
         largest = z.amax(-1, keepdim=True)
         total = z.sub_(largest).exp_().sum(-1, keepdim=True)
         losses[start : start + rows] = total.log() + (largest - of_target[start : start + rows])
         z.mul_(total.reciprocal_())
-        if z is not part:
+        if buffer is not None:
             part.copy_(z)
     at_target = (torch.arange(len(logits), device=logits.device), targets)
     logits[at_target] = losses[:, 0].neg().expm1_().to(logits.dtype)  # scatter_ goes through the whole of it

@@ -117,13 +117,11 @@ DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
 
 def _norm(x: Tensor) -> Tensor:
     """2-norm of all elements, fp64. In rows: torch's fp32 sum of millions of squares is off by 1e-3 on the CPU."""
-    rows, rest = x.flatten().tensor_split([x.numel() // _NORM_ROW * _NORM_ROW])
-    norms = torch.linalg.vector_norm(rows.view(-1, _NORM_ROW), dim=1)
+    length = 1024
+    rows, rest = x.flatten().tensor_split([x.numel() // length * length])
+    norms = torch.linalg.vector_norm(rows.view(-1, length), dim=1)
     norm: Tensor = torch.linalg.vector_norm(torch.cat((norms, rest)).double())
     return norm
-
-
-_NORM_ROW = 1024
 
 
 class Engine:
@@ -488,7 +486,7 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "fp16": {"enabled": t.precision == "fp16", "initial_scale_power": t.initial_loss_scale.bit_length() - 1},
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": t.overlap_comm and run.cluster.gpus_per_worker > 0,  # or else only a second buffer
+            "overlap_comm": t.overlap_comm,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": 2 * bucket,  # even, as it must be
             "stage3_prefetch_bucket_size": bucket,
@@ -500,7 +498,8 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "zero_force_ds_cpu_optimizer": False,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 has no sum
         "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,
-        "communication_data_type": "fp32" if world_size > 1 or stage == 0 else t.precision,  # alone nothing is summed
+        # Alone, stages 2 and 3 add to the fp32 sums afterwards; stages 0 and 1 hand over the sums.
+        "communication_data_type": "fp32" if world_size > 1 or stage < 2 else t.precision,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import RunConfig, ScalingConfig
@@ -24,6 +25,7 @@ from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import Split
 from gpt2dist.model.evaluate import Score, evaluate
 from gpt2dist.storage import location, publish, read_bytes, remove_tree
+from gpt2dist.train.allocator import keep_memory
 from gpt2dist.train.launch import failed, ray_storage
 from gpt2dist.train.saved import SavedModel, open_model
 
@@ -135,6 +137,8 @@ def _scratch(e: Evaluation) -> Iterator[UPath]:
 def _evaluate_share(config: dict[str, Any]) -> None:
     """Every world-th batch; the sums are added up in fp64, and rank 0 writes them."""
     e = Evaluation(**config["evaluation"])
+    if ray.train.torch.get_device().type == "cpu":
+        keep_memory()
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens = e.open()
     ids = e.ids(tokens)

@@ -1,7 +1,7 @@
 """Training speed of the whole stack (Ray Train + Ray Data + DeepSpeed) against peers, and against its own engine.
 
-tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads and huge pages,
-and peers are compiled, as are the blocks of our model where it is faster.
+tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads and huge pages;
+in `peers` both are compiled, except for the plain loop.
 """
 
 from __future__ import annotations

@@ -155,6 +155,13 @@ def test_bf16_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
             assert few == many, run.train
 
 
+def test_one_rank_sums_in_fp32_too(ranks: Ranks) -> None:
+    """Stage 1 hands its sum over micro-batches to DeepSpeed's communication, stage 2 adds up afterwards."""
+    runs = [tiny_run(train__zero_stage=stage, train__precision="bf16", model__dropout=0.0) for stage in (1, 2)]
+    stage_1, stage_2 = ranks(jobs.drive_all, 1, [(run, [0, 1, 2]) for run in runs])[0]
+    assert stage_1 == stage_2
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bitwise_at_the_same_world_size(
