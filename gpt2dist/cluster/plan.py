@@ -12,7 +12,7 @@ from gpt2dist.data.order import accumulation_steps, consumed
 from gpt2dist.model import gpt2
 from gpt2dist.model.linear import product_dtype
 from gpt2dist.model.loss import CHUNK, ROWS
-from gpt2dist.train.fragment import is_muon_matrix
+from gpt2dist.train.fragment import is_muon_matrix, sums_at_owners
 from gpt2dist.train.peak import DTYPES
 
 LIBRARIES = 50 << 20
@@ -114,7 +114,10 @@ def memory(run: RunConfig) -> dict[str, int]:
         reduce = {"gradients to reduce": 2 * table + 4 * own, "activations": activations}
     elif stage == 3:  # and those that wait for their bucket
         reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 3 * table, "activations": activations}
-    if stage:
+    if stage == 2 and sums_at_owners(device.type, world):
+        # The bucket of 16-bit gradients; what travels takes the place of their sum, and more with more ranks.
+        reduce["bucket"] = low * (bucket + max(0, world - 2) * min(bucket, share[2]))
+    elif stage:
         reduce["bucket"] = 4 * bucket
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]
     parts |= [*moments, reduce][sizes.index(max(sizes))]

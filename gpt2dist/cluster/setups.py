@@ -20,6 +20,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.model import gpt2
 from gpt2dist.storage import exists, location
 from gpt2dist.train import rundir
+from gpt2dist.train.fragment import sums_at_owners
 from gpt2dist.train.interval import WRITES_APART, expected_goodput, young_daly
 
 MFU = 0.4
@@ -237,14 +238,17 @@ def network_seconds(run: RunConfig, machine: Machine, machines: int) -> float:
 
     Of B bytes all machines together hold, each sends (m − 1)/m·B to gather or to reduce-scatter them, twice that for an
     all-reduce. Gradients travel in fp32: once a step below stage 2, from there on after every micro-batch; at stages 0
-    to 2 as an all-reduce, which is what DeepSpeed does there.
+    to 2 as an all-reduce, which is what DeepSpeed does there, or at 1 and 2 straight to their owners (train/zero.py).
     """
     if machines < 2 or machine.network_gbps is None:
         return 0.0
     n = gpt2.count_parameters(gpt2.GPT2Config.from_run(run), published=False)
     low, stage = 4 if run.train.precision == "fp32" else 2, run.train.zero_stage
     times = arithmetic(run)["accumulation_steps"] if stage >= 2 else 1
-    gradients = 4 * n * times * (1 if stage == 3 else 2)
+    to_owners = stage in (1, 2) and sums_at_owners(
+        "cuda" if run.cluster.gpus_per_worker else "cpu", run.cluster.max_workers
+    )
+    gradients = (low if to_owners and stage == 2 else 4) * n * times * (1 if stage == 3 or to_owners else 2)
     gathered_again = stage == 3 and n > 10**9  # DeepSpeed's max_live_parameters
     weights = low * n * (2 * times if gathered_again else 1) if stage else 0
     return (machines - 1) / machines * (gradients + weights) / (machine.network_gbps / 8 * 1e9)

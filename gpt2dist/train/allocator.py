@@ -1,22 +1,24 @@
-"""How a worker on the CPU gets memory for tensors from the system."""
+"""How workers on CPUs get memory for tensors from the system."""
 
 from __future__ import annotations
 
-import ctypes
 import os
+from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
+import ray
+
+JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
+"""jemalloc, which Ray brings along on Linux. It has to be there before a process begins."""
 
 
-def keep_memory() -> None:
-    """What tensors have freed stays with the process for the next ones, as on CUDA; call before the first large one.
+def cpu_worker_environment() -> dict[str, str]:
+    """Environment variables with which what tensors have freed stays with the process for the next ones, as on CUDA.
 
     A step frees and takes as much as it needs of memory, and pages from the system have to be cleared each time. For
-    the same reason large tensors lie in huge pages. Does nothing where the C library is not glibc.
+    the same reason large tensors lie in huge pages. A LD_PRELOAD that is there stays as it is.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TOP_PAD, 2**28)  # also keeps the 64 MB heaps of threads other than the first one
+    huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch's
+    if not JEMALLOC.exists() or os.environ.get("LD_PRELOAD"):
+        return huge_pages
+    keep = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+    return huge_pages | {"LD_PRELOAD": str(JEMALLOC), "MALLOC_CONF": keep}

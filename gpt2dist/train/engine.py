@@ -1,6 +1,6 @@
 """The engine: one model under DeepSpeed ZeRO, seen as forward_backward, step, and fp32 fragments.
 
-This is the only module that imports deepspeed, and the only one that knows its internals (pinned in
+With zero.py this is the only module that imports deepspeed, and that knows its internals (pinned in
 constraints.txt; tests/distributed fails when an upgrade moves them).
 
 Why not `engine.save_checkpoint`: its files are pickles and bind the run to its world size and stage. A
@@ -25,8 +25,6 @@ import filelock
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -35,9 +33,10 @@ from torch.utils import cpp_extension
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
-from gpt2dist.train.fragment import EMA, KINDS, Fragment, is_muon_matrix
+from gpt2dist.train.fragment import EMA, KINDS, Fragment, is_muon_matrix, sums_at_owners
 from gpt2dist.train.optim import MuonAdamW, adamw, ema_decay
 from gpt2dist.train.peak import DTYPES, MemoryPeak
+from gpt2dist.train.zero import ALIGNMENT, norm, replace_parts
 
 log = logging.getLogger(__name__)
 
@@ -83,47 +82,6 @@ class _Call(nn.Module):
         return out
 
 
-def _choose_optimizer(engine: Any, _basic: Any) -> str | None:
-    """Stages 1 to 3 use the ZeRO optimizers, whose fragments this module knows.
-
-    DeepSpeed would send stage 1 in bf16 with fp32 accumulation to a class of its own; stage 2's does it as well.
-    """
-    return ZERO_OPTIMIZATION if engine.zero_optimization() else None
-
-
-DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
-
-
-def _add_in_pieces(output: Tensor | None, gradient: Tensor) -> None:
-    """Add a 16-bit gradient to its fp32 sum. DeepSpeed makes a fp32 copy of the whole gradient first."""
-    if output is not None:
-        for a, b in zip(torch.split(output, 1 << 20), torch.split(gradient, 1 << 20), strict=True):
-            a.add_(b.to(a.dtype))
-
-
-def _norm_of_own(zero: Any, gradients: list[Tensor], _params: Any, norm_type: float = 2) -> Tensor:
-    """2-norm of the gradients of all ranks' parts; DeepSpeed makes a fp64 copy of each gradient first."""
-    assert norm_type == 2
-    squares = [_norm(g).square() for g in gradients if not getattr(g, "_zero_padding", False)]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=zero.device)
-    dist.all_reduce(total, group=zero.dp_process_group)
-    norm = total.sqrt().float()
-    return torch.where(norm.isfinite(), norm, -1.0)  # which DeepSpeed's has there
-
-
-DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(_add_in_pieces)
-DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
-
-
-def _norm(x: Tensor) -> Tensor:
-    """2-norm of all elements, fp64. In rows: torch's fp32 sum of millions of squares is off by 1e-3 on the CPU."""
-    length = 1024
-    rows, rest = x.flatten().tensor_split([x.numel() // length * length])
-    norms = torch.linalg.vector_norm(rows.view(-1, length), dim=1)
-    norm: Tensor = torch.linalg.vector_norm(torch.cat((norms, rest)).double())
-    return norm
-
-
 class Engine:
     """A GPT-2, its optimizer and its place among the ranks. torch.distributed must be initialized."""
 
@@ -146,7 +104,8 @@ class Engine:
             # DeepSpeed refuses fp16 on CPUs that have no units for it; torch computes it on all.
             get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_init_required=False)
-        config = _deepspeed_config(run, self.world_size, self.gas)
+        replace_parts(device, self.world_size)
+        config = _deepspeed_config(run, self.world_size, self.gas, device)
         working = DTYPES[run.train.precision]
         cast = self.stage == 0 and working != torch.float32
         model = _zero_model(self.model_config, torch.float32 if cast else working, device, config)
@@ -211,15 +170,15 @@ class Engine:
 
     def _step_replicated(self) -> StepResult:
         parameters = [p for p in self.ds.module.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([_norm(p.grad) for p in parameters]))
-        applied = bool(torch.isfinite(norm))
+        total = torch.linalg.vector_norm(torch.stack([norm(p.grad) for p in parameters]))
+        applied = bool(torch.isfinite(total))
         if not applied:
             for p in parameters:
                 p.grad = None
         elif self.clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm.float())
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, total.float())
         self.ds.step()
-        return StepResult(float(norm), applied)
+        return StepResult(float(total), applied)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> Tensor:
@@ -473,8 +432,9 @@ def _build_cpu_collectives() -> None:
             deepspeed.ops.__compatible_ops__[name] = False
 
 
-def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, Any]:
+def _deepspeed_config(run: RunConfig, world_size: int, gas: int, device: torch.device) -> dict[str, Any]:
     """Our typed config in DeepSpeed's words. Gradients are summed in fp32, over micro-batches and over ranks."""
+    as_they_are = sums_at_owners(device.type, world_size) if run.train.zero_stage == 2 else world_size == 1
     t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
     bucket = round(t.bucket_mb * 1e6 / 4)
     offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
@@ -488,7 +448,7 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
             "stage": stage,
             "overlap_comm": t.overlap_comm,
             "reduce_bucket_size": bucket,
-            "allgather_bucket_size": 2 * bucket,  # even, as it must be
+            "allgather_bucket_size": 2 * bucket // ALIGNMENT * ALIGNMENT + ALIGNMENT,  # must be a multiple
             "stage3_prefetch_bucket_size": bucket,
             **({"offload_optimizer": offload} if t.offload_optimizer else {}),
             **({"offload_param": offload} if t.offload_param else {}),
@@ -498,8 +458,8 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int) -> dict[str, An
         "zero_force_ds_cpu_optimizer": False,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 has no sum
         "gradient_clipping": run.optim.grad_clip if stage > 0 else 0.0,
-        # Alone, stages 2 and 3 add to the fp32 sums afterwards; stages 0 and 1 hand over the sums.
-        "communication_data_type": "fp32" if world_size > 1 or stage < 2 else t.precision,
+        # At stages 2 and 3 what travels is one micro-batch's gradients, at 0 and 1 their fp32 sums.
+        "communication_data_type": t.precision if stage >= 2 and as_they_are else "fp32",
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -25,7 +25,7 @@ from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import Split
 from gpt2dist.model.evaluate import Score, evaluate
 from gpt2dist.storage import location, publish, read_bytes, remove_tree
-from gpt2dist.train.allocator import keep_memory
+from gpt2dist.train.allocator import cpu_worker_environment
 from gpt2dist.train.launch import failed, ray_storage
 from gpt2dist.train.saved import SavedModel, open_model
 
@@ -111,7 +111,10 @@ def on_ray(e: Evaluation, workers: int, cpus_per_worker: float, gpus_per_worker:
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
             ),
-            run_config=RunConfig(**ray_storage(scratch)),
+            run_config=RunConfig(
+                **ray_storage(scratch),
+                worker_runtime_env={"env_vars": {} if gpus_per_worker else cpu_worker_environment()},
+            ),
         )
         try:
             trainer.fit()
@@ -137,8 +140,6 @@ def _scratch(e: Evaluation) -> Iterator[UPath]:
 def _evaluate_share(config: dict[str, Any]) -> None:
     """Every world-th batch; the sums are added up in fp64, and rank 0 writes them."""
     e = Evaluation(**config["evaluation"])
-    if ray.train.torch.get_device().type == "cpu":
-        keep_memory()
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens = e.open()
     ids = e.ids(tokens)

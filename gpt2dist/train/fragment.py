@@ -23,6 +23,19 @@ def is_muon_matrix(parameter: str, ndim: int) -> bool:
     return ndim == 2 and parameter.startswith("h.")
 
 
+FEW_RANKS = 4
+"""Up to here ranks on CPUs send each other's parts of the gradients directly. An owner gets (ranks − 1) times the bytes
+of its part: with 16-bit gradients and 5 ranks as many as by an all-reduce in fp32."""
+
+
+def sums_at_owners(device: str, ranks: int) -> bool:
+    """Whether gradients of stages 1 and 2 travel as they are and owners sum them in fp32; else an all-reduce does.
+
+    device: "cpu" or "cuda".
+    """
+    return device == "cpu" and ranks <= FEW_RANKS
+
+
 @dataclass(frozen=True)
 class Fragment:
     """A contiguous piece `[start, start + len(tensor))` of a flattened parameter."""

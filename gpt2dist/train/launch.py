@@ -27,6 +27,7 @@ from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
 from gpt2dist.train import checkpoint, reservation, resume, rundir
+from gpt2dist.train.allocator import cpu_worker_environment
 from gpt2dist.train.saved import changes
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
@@ -210,6 +211,7 @@ class TrainJob:
             run_config=RayRunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}",
                 **ray_storage(scratch),
+                worker_runtime_env={"env_vars": {} if gpus else cpu_worker_environment()},
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
                 callbacks=[
                     FailureLog(run.run_dir),

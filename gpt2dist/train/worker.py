@@ -11,7 +11,6 @@ import ray.train.torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.stream import step_batches
-from gpt2dist.train.allocator import keep_memory
 from gpt2dist.train.notice import Notice
 
 DATASET = "train"
@@ -61,10 +60,7 @@ def _train(run: RunConfig) -> str:
     from gpt2dist.train.engine import Engine
     from gpt2dist.train.trainer import Diverged, NotSaved, Trainer
 
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        keep_memory()
-    engine = Engine(run, device)
+    engine = Engine(run, ray.train.torch.get_device())
     with contextlib.closing(engine):
         trainer = Trainer(run, engine, preemption_notice)
         with contextlib.closing(trainer):

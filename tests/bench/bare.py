@@ -8,12 +8,10 @@ import sys
 import torch.distributed as dist
 
 from gpt2dist.config import RunConfig
-from gpt2dist.train.allocator import keep_memory
 from tests.distributed.jobs import train_run
 
 
 def main() -> None:
-    keep_memory()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")  # DeepSpeed asks for them
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
     train_run(RunConfig.model_validate_json(sys.argv[1]))

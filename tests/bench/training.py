@@ -1,7 +1,7 @@
 """Training speed of the whole stack (Ray Train + Ray Data + DeepSpeed) against peers, and against its own engine.
 
 tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads and huge pages;
-in `peers` both are compiled, except for the plain loop.
+in `peers` both are compiled, except for the plain loop. The bare loop has our allocator, peers the C library's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
 from gpt2dist.model.linear import WITHOUT_UNITS
 from gpt2dist.train import rundir
+from gpt2dist.train.allocator import cpu_worker_environment
 from tests.bench import reference
 from tests.bench.common import PAIRS, Row, interleaved
 from tests.conftest import ROOT, make_shard, tiny_run
@@ -63,8 +64,8 @@ def _median(run: RunConfig, key: str) -> float:
     return statistics.median(row[key] for row in rundir.metrics_log(run.run_dir).read()[WARM:])
 
 
-def _execute(threads: int, *command: str) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "THP_MEM_ALLOC_ENABLE": "1"}
+def _execute(threads: int, *command: str, **variables: str) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "THP_MEM_ALLOC_ENABLE": "1", **variables}
     full = [sys.executable, "-m", *command]
     done = subprocess.run(full, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
@@ -80,7 +81,8 @@ def _whole_stack(run: RunConfig) -> float:
 
 
 def _bare_loop(run: RunConfig) -> float:
-    _execute(int(run.cluster.cpus_per_worker), "tests.bench.bare", run.model_dump_json(), f"{run.run_dir}.store")
+    command = ("tests.bench.bare", run.model_dump_json(), f"{run.run_dir}.store")
+    _execute(int(run.cluster.cpus_per_worker), *command, **cpu_worker_environment())
     return _median(run, "tokens_per_s")
 
 

@@ -1,0 +1,122 @@
+"""Parts of DeepSpeed's ZeRO stages 1 and 2 that are replaced: what they compute stays, how fast or how exactly changes.
+
+Like engine.py it knows DeepSpeed's internals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from gpt2dist.train.fragment import sums_at_owners
+
+ALIGNMENT = 32
+"""Elements of which each rank's part is a multiple: what fills no vector the optimizer computes by other instructions,
+whose last bit may be another one."""
+
+
+def replace_parts(device: torch.device, world_size: int) -> None:
+    """Put the replacements in place; before `deepspeed.initialize`."""
+    DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
+    DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)  # 2 there
+    DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(_add)
+    DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
+    if sums_at_owners(device.type, world_size):
+        DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks = _sum_at_owners
+        stage_1_and_2.all_gather_dp_groups = _gather
+
+
+def _choose_optimizer(engine: Any, _basic: Any) -> str | None:
+    """Stages 1 to 3 use the ZeRO optimizers, whose fragments engine.py knows.
+
+    DeepSpeed would send stage 1 in bf16 with fp32 accumulation to a class of its own; stage 2's does it as well.
+    """
+    return ZERO_OPTIMIZATION if engine.zero_optimization() else None
+
+
+def _add(output: Tensor | None, gradient: Tensor) -> None:
+    """Add a 16-bit gradient to its fp32 sum. DeepSpeed makes a fp32 copy of the whole gradient first."""
+    if output is not None:
+        for a, b in zip(torch.split(output, 1 << 20), torch.split(gradient, 1 << 20), strict=True):
+            a.add_(b)
+
+
+def _sum_at_owners(
+    zero: Any,
+    slices: Sequence[Tensor],
+    _dtype: torch.dtype,
+    *,
+    bucket_ranks: Sequence[Iterable[int]],
+    output_bucket: Sequence[Tensor | None],
+    process_group: Any,
+    **_: Any,
+) -> None:
+    """Every rank gets its own slices of the gradients from all the others and sums them in fp32, in order of rank.
+
+    slices: 1-D, in the same order on all ranks; bucket_ranks: who owns each, one rank; output_bucket: where this
+    rank sums the slices that it owns over the micro-batches, or None for the slice itself.
+    """
+    rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
+    owners = [next(iter(ranks)) for ranks in bucket_ranks]
+    own = [i for i, owner in enumerate(owners) if owner == rank]
+    received: list[Sequence[Tensor]] = []
+    transfers = []
+    for other in range(world):
+        if other == rank:
+            received.append([slices[i] for i in own])
+            continue
+        if theirs := [s for s, owner in zip(slices, owners, strict=True) if owner == other]:
+            transfers.append(dist.P2POp(dist.isend, torch.cat(theirs), group=process_group, group_peer=other))
+        flat = torch.empty(sum(slices[i].numel() for i in own), dtype=slices[0].dtype, device=slices[0].device)
+        if own:
+            transfers.append(dist.P2POp(dist.irecv, flat, group=process_group, group_peer=other))
+        received.append(torch.split(flat, [slices[i].numel() for i in own]))
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else []:
+        transfer.wait()
+    for i, parts in zip(own, zip(*received, strict=True), strict=True):
+        output = output_bucket[i]
+        total = torch.zeros_like(slices[i], dtype=torch.float32) if output is None else output
+        for part in parts:
+            _add(total, part)
+        if output is None:
+            slices[i].copy_(total)
+
+
+def _gather(partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any) -> None:
+    """Every rank gets the others' updated weights. gloo's all-gather copies them twice more."""
+    sent = [
+        dist.broadcast(part, group=group, group_src=owner, async_op=True)
+        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for owner, part in enumerate(parts)
+    ]
+    for transfer in sent:
+        transfer.wait()
+
+
+def _norm_of_own(zero: Any, gradients: list[Tensor], _params: Any, norm_type: float = 2) -> Tensor:
+    """2-norm of the gradients of all ranks' parts; DeepSpeed makes a fp64 copy of each gradient first."""
+    assert norm_type == 2
+    squares = [norm(g).square() for g in gradients if not getattr(g, "_zero_padding", False)]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=zero.device)
+    dist.all_reduce(total, group=zero.dp_process_group)
+    result = total.sqrt().float()
+    return torch.where(result.isfinite(), result, -1.0)  # which DeepSpeed's has there
+
+
+def norm(x: Tensor) -> Tensor:
+    """2-norm of all elements, summed in fp64: in fp32 it is then the same however the ranks share the model."""
+    if x.device.type != "cpu":
+        result: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+        return result
+    squares, wide = [], torch.empty(1 << 16, dtype=torch.float64)  # fits into a cache
+    for part in torch.split(x.flatten(), len(wide)):
+        in_fp64 = wide[: len(part)].copy_(part)
+        squares.append(in_fp64 @ in_fp64)
+    return torch.stack(squares).sum().sqrt()
