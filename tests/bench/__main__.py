@@ -1,6 +1,6 @@
 """`make bench`: every benchmark, each ratio measured in one run. Prints a table, writes build/bench.json.
 
-python -m tests.bench [name ...] runs only those whose name contains one of the words.
+python -m tests.bench [name ...] runs only those of that name or, where none has it, whose name contains the word.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ BENCHMARKS = {
 def main() -> None:
     """All benchmarks, or those that the arguments name."""
     console = Console()
-    wanted = [name for name in BENCHMARKS if not sys.argv[1:] or any(word in name for word in sys.argv[1:])]
+    words = sys.argv[1:] or list(BENCHMARKS)
+    wanted = [n for n in BENCHMARKS if n in words or any(w in n for w in words if w not in BENCHMARKS)]
     if not wanted:
         sys.exit(f"no benchmark of that name; there are: {', '.join(BENCHMARKS)}")
     path = ROOT / "build" / "bench.json"
