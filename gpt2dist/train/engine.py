@@ -434,8 +434,8 @@ def _build_cpu_collectives() -> None:
 
 def _deepspeed_config(run: RunConfig, world_size: int, gas: int, device: torch.device) -> dict[str, Any]:
     """Our typed config in DeepSpeed's words. Gradients are summed in fp32, over micro-batches and over ranks."""
-    as_they_are = sums_at_owners(device.type, world_size) if run.train.zero_stage == 2 else world_size == 1
     t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
+    as_they_are = world_size == 1 or (stage == 2 and sums_at_owners(device.type, world_size))
     bucket = round(t.bucket_mb * 1e6 / 4)
     offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
     return {
