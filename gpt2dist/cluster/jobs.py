@@ -176,8 +176,8 @@ class JobClient:
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send it
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # "Uploading package …"
+        for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging", "dashboard.modules.job.sdk"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # "Uploading package …", "WebSocket closed …"
         with self._errors():
             self._ray = JobSubmissionClient(self.address)
 

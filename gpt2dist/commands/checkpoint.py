@@ -50,7 +50,7 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
     Example:
       gpt2dist checkpoint ls runs/smoke --json
     """
-    from gpt2dist.report.tables import size
+    from gpt2dist.report.words import size
     from gpt2dist.train import checkpoint as store
 
     rows = [store.describe(c, run_dir) for c in store.committed(existing(run_dir))]

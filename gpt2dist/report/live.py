@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2dist.config import RunConfig
+from gpt2dist.report.words import count
 from gpt2dist.storage import StorageError, is_local, location
 from gpt2dist.train import rundir
 
@@ -125,7 +126,7 @@ def describe(event: dict[str, Any]) -> str | None:
     if kind == "start":
         redone = f", {event['redone_steps']} steps to redo" if event["redone_steps"] else ""
         where = f"from step {event['step']}" if event["step"] else "from the start"
-        return f"attempt {event['attempt']}: {event['world_size']} workers, {where}{redone}"
+        return f"attempt {event['attempt']}: {count('worker', event['world_size'])}, {where}{redone}"
     if kind == "failure":
         return f"failed: {event['cause']}"
     if kind == "bad_checkpoint":
@@ -135,7 +136,7 @@ def describe(event: dict[str, Any]) -> str | None:
     if kind == "preemption":
         return f"a machine with {_workers(event['ranks'])} will be taken away {_when(event)}: {_reaction(event)}"
     if kind == "resize":
-        return f"going on with {event['workers']} workers"
+        return f"going on with {count('worker', event['workers'])}"
     if kind == "rewind":
         first, end = event["steps"]
         left_out = sum(b - a for a, b in event["positions"])

@@ -16,7 +16,8 @@ from gpt2dist.model import gpt2
 from gpt2dist.report import plots
 from gpt2dist.report.goodput import MEANING, Category, goodput, title
 from gpt2dist.report.history import attempts, words
-from gpt2dist.report.tables import count, duration, goodput_line, size
+from gpt2dist.report.tables import goodput_line
+from gpt2dist.report.words import count, duration, size
 from gpt2dist.storage import location, publish
 from gpt2dist.train import checkpoint, ledger, rundir
 

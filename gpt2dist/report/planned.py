@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2dist.config import RunConfig
-from gpt2dist.report.tables import pairs, size
+from gpt2dist.report.tables import pairs
+from gpt2dist.report.words import size
 
 
 def show(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:

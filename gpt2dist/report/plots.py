@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from gpt2dist.report.history import Attempt, Cause
-from gpt2dist.report.tables import count
+from gpt2dist.report.words import count
 
 POINTS = 2000
 """Of a line at most; with more, each place keeps its least and its largest value."""

@@ -11,31 +11,9 @@ from rich.table import Table
 from gpt2dist.config import RunConfig
 from gpt2dist.data.shards import Manifest
 from gpt2dist.report.goodput import MEANING, Goodput, goodput, title
+from gpt2dist.report.words import count, duration, size
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.resume import WORDS, Change
-
-
-def size(number: float) -> str:
-    """Bytes in powers of ten: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """3.2 s, 4:05, 1:02:03."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def count(noun: str, number: int) -> str:
-    """1 worker, 2 workers."""
-    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:

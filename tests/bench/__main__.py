@@ -6,6 +6,7 @@ python -m tests.bench [name ...] runs only those of that name or, where none has
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from functools import partial
 
@@ -37,6 +38,7 @@ BENCHMARKS = {
 
 def main() -> None:
     """All benchmarks, or those that the arguments name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
     console = Console()
     words = sys.argv[1:] or list(BENCHMARKS)
     wanted = [n for n in BENCHMARKS if n in words or any(w in n for w in words if w not in BENCHMARKS)]

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from gpt2dist.config import RunConfig
-from gpt2dist.data.blocks import local_blocks, split_blocks
+from gpt2dist.data.blocks import StepBatch, local_blocks, split_blocks
 from gpt2dist.data.shards import Manifest
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.engine import Engine
@@ -33,6 +33,8 @@ LARGE = {"n_layer": 7, "n_head": 12, "n_embd": 768}
 """88 M parameters: a checkpoint of 1.06 GB."""
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 128}
 """6.9 M parameters: a checkpoint of 83 MB; for what is not a question of bytes."""
+BLOCK = 10
+"""Steps; a save of 1 GB is written during two of them."""
 _numbers = count()
 
 
@@ -65,7 +67,7 @@ def _run(directory: Path, model: dict[str, int], workers: int = 2, **changes: An
 
 def _on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as name:
-        return run_ranks(function, world_size, args, Path(name) / "rendezvous", 450)
+        return run_ranks(function, world_size, args, Path(name) / "rendezvous", 900)
 
 
 @contextmanager
@@ -83,6 +85,15 @@ def _trainer(run: RunConfig) -> Iterator[Trainer]:
 # ---------------------------------------------------------------------- the stall of a save
 
 
+def _step(trainer: Trainer, batches: Iterator[StepBatch], save: bool) -> dict[str, float]:
+    """One step, and what follows it; `save`: begin a save. `checkpoint_s` of the result is for both."""
+    metrics, wishes = trainer.train_step(batches)
+    trainer.times.step(metrics["step_s"])
+    trainer._save_in_background(Wishes(save=float(save), busy=wishes.busy, failed=wishes.failed))
+    after, trainer.save_seconds = trainer.save_seconds, 0.0
+    return metrics | {"checkpoint_s": metrics["checkpoint_s"] + after}
+
+
 def stalls(run: RunConfig, pairs: int) -> list[tuple[float, float]]:
     """On each rank: seconds that a save in the background holds up the loop, and that a blocking one does; by turns."""
     with _trainer(run) as trainer:
@@ -90,11 +101,8 @@ def stalls(run: RunConfig, pairs: int) -> list[tuple[float, float]]:
         batches = split_blocks(local_blocks(run, rank, world, 0), run, rank, world, 0)
 
         def step(save: bool) -> float:
-            """One step, and what follows it; seconds of the save in both."""
-            metrics, wishes = trainer.train_step(batches)
-            trainer._save_in_background(Wishes(save=float(save), busy=wishes.busy, failed=wishes.failed))
-            after, trainer.save_seconds = trainer.save_seconds, 0.0
-            return float(metrics["checkpoint_s"]) + after
+            """Seconds for which saves held up one step and what follows it."""
+            return _step(trainer, batches, save)["checkpoint_s"]
 
         def background() -> float:
             seconds = step(save=True)
@@ -122,6 +130,40 @@ def stall() -> Iterator[Row]:
     for a, b in longest:
         print(f"  stall {a:.4f} s, blocking save {b:.3f} s", file=sys.stderr)
     yield Row("stall of a save / blocking save, 1.06 GB", [a / b for a, b in longest], 1 / 20, "s ratio", at_most=True)
+
+
+# ---------------------------------------------------------------------- the cost of a save
+
+
+def save_costs(run: RunConfig, pairs: int) -> list[tuple[float, float, float]]:
+    """On each rank: seconds of BLOCK steps whose first one begins a save, of as many without, by turns.
+
+    And the seconds between two saves that the run then chooses.
+    """
+    with _trainer(run) as trainer:
+        rank, world = trainer.rank, trainer.world_size
+        batches = split_blocks(local_blocks(run, rank, world, 0), run, rank, world, 0)
+
+        def block(save: bool) -> float:
+            start, before = time.perf_counter(), trainer.saved_step
+            for i in range(BLOCK):
+                _step(trainer, batches, save and i == 0)
+            assert (trainer.saved_step > before) == save, "the save did not end within the block"
+            return time.perf_counter() - start
+
+        result = [(block(True), block(False), trainer.times.interval) for _ in range(pairs + 1)]
+        return result[1:]
+
+
+def overhead() -> Iterator[Row]:
+    """At the default interval: of the time from one save to the next, with that save and without."""
+    ratios = []
+    with _directory() as directory:
+        run = _run(directory, LARGE, checkpoint={"every_minutes": "auto", "keep": 1})
+        for with_save, without, interval in _on_ranks(save_costs, 2, run, PAIRS)[0]:
+            print(f"  {with_save:.2f} s, {without:.2f} without a save; one every {interval:.0f} s", file=sys.stderr)
+            ratios.append(1 + (with_save - without) / interval)
+    yield Row("wall clock with checkpoints / without, 1.06 GB", ratios, 1.035, "s ratio", at_most=True)
 
 
 # ---------------------------------------------------------------------- a load
@@ -153,29 +195,24 @@ def loads(runs: list[RunConfig], rounds: int) -> list[list[float]]:
 
 
 def load(stage: int) -> Iterator[Row]:
-    """Checkpoints of one, two and three workers, loaded by two; that of two, loaded by one, two and three."""
+    """One, two and three workers load what one, two and three saved; what as many saved is the measure."""
+    worlds = (1, 2, 3)
     with _directory() as directory:
         train = {"steps": 10, "stop_at": 1, "precision": "fp32", "zero_stage": stage, "peak_tflops": 1.0}
-        saved = {world: _run(directory, LARGE, world, train=train) for world in (1, 2, 3)}
+        saved = {world: _run(directory, LARGE, world, train=train) for world in worlds}
         for world, run in saved.items():
             _on_ranks(save_one, world, run)
-        times = _on_ranks(loads, 2, [saved[2], saved[1], saved[3]], PAIRS)[0]
-        print(f"  loads by 2 of what 2, 1, 3 saved: {times}", file=sys.stderr)
-        for i, world in ((1, 1), (2, 3)):
-            ratios = [row[i] / row[0] for row in times]
-            name = f"load by 2 workers what {world} saved / what 2 saved, stage {stage}"
-            yield Row(name, ratios, 1.2, "s ratio", at_most=True)
-        readers: dict[int, list[float]] = {1: [], 2: [], 3: []}
-        for _ in range(PAIRS):
-            for world, seconds in readers.items():
-                seconds.append(_on_ranks(loads, world, [saved[2]], 1)[0][0][0])
-        print(f"  loads of what 2 saved by 1, 2, 3: {list(readers.values())}", file=sys.stderr)
-    for world in (1, 3):
-        ratios = [a / b for a, b in zip(readers[world], readers[2], strict=True)]
-        yield Row(f"load what 2 workers saved by {world} / by 2, stage {stage}", ratios, 1.2, "s ratio", at_most=True)
+        for now in worlds:
+            times = _on_ranks(loads, now, list(saved.values()), PAIRS)[0]
+            print(f"  {now} load what {worlds} saved: {times}", file=sys.stderr)
+            for i, world in enumerate(worlds):
+                if world != now:
+                    ratios = [row[i] / row[now - 1] for row in times]
+                    name = f"load what {world} saved / what {now} saved, {now} workers, stage {stage}"
+                    yield Row(name, ratios, 1.2, "s ratio", at_most=True)
 
 
-# ---------------------------------------------------------------------- a whole run
+# ---------------------------------------------------------------------- a start
 
 
 def _train(run: RunConfig, *options: str) -> subprocess.Popen[bytes]:
@@ -184,37 +221,6 @@ def _train(run: RunConfig, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "gpt2dist", "train", str(path), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-
-
-def _step_seconds(directory: Path, steps: int, every_minutes: float | str) -> tuple[float, int]:
-    """Seconds a step, from the fifth to the last one, of a whole run; and how many saves fell into that time."""
-    section = {"every_minutes": every_minutes, "keep": 1}
-    train = {"steps": steps, "precision": "fp32", "zero_stage": 2, "peak_tflops": 1.0}
-    run = _run(directory, LARGE, checkpoint=section, train=train)
-    if _train(run).wait(timeout=900):
-        raise RuntimeError(f"{run.run_dir}: training failed")
-    rows = rundir.metrics_log(run.run_dir).read()
-    saves = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "commit"]
-    between = [e for e in saves if rows[4]["time"] < e["time"] < rows[-1]["time"]]
-    shutil.rmtree(run.run_dir)
-    return (rows[-1]["time"] - rows[4]["time"]) / (len(rows) - 5), len(between)
-
-
-def overhead() -> Iterator[Row]:
-    """At the default interval. G2D_STEPS, G2D_PAIRS: other lengths than a few minutes a run, and five pairs."""
-    steps, pairs = int(os.environ.get("G2D_STEPS", 150)), int(os.environ.get("G2D_PAIRS", PAIRS))
-    ratios = []
-    with _directory() as directory:
-        for pair in range(pairs):
-            order = (("auto", 0.0), (0.0, "auto"))[pair % 2]
-            found = {every: _step_seconds(directory, steps, every) for every in order}
-            (with_saves, saves), (without, _) = found["auto"], found[0.0]
-            print(f"  {saves} saves: {with_saves:.4f} s a step, {without:.4f} without", file=sys.stderr, flush=True)
-            ratios.append(with_saves / without)
-    yield Row("wall clock with checkpoints / without, 1.06 GB", ratios, 1.035, "s ratio", at_most=True)
-
-
-# ---------------------------------------------------------------------- a start
 
 
 def _first_step(run: RunConfig, after: float, patience: float = 240) -> float:
@@ -264,7 +270,7 @@ def _start_kill_start(directory: Path, model: dict[str, int]) -> tuple[float, fl
 
 
 def restart() -> Iterator[Row]:
-    """A killed worker, and the command given again, ÷ the same command on a run that is new; G2D_PAIRS as above."""
+    """A killed worker, and the command given again, ÷ the same on a new run. G2D_PAIRS: another number than five."""
     pairs = int(os.environ.get("G2D_PAIRS", PAIRS))
     for name, model in (("83 MB", SMALL), ("1.06 GB", LARGE)):
         with _directory() as directory:

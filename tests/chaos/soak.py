@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="new; keeps all files (default: a temporary one)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the driver is ended too
     with contextlib.ExitStack() as stack:
         if options.directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))

@@ -57,7 +57,7 @@ class Timeline:
     def read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout
         for line in process.stdout:
-            self.say(f"train: {line.rstrip()}")
+            self.say(f"submit: {line.rstrip()}")
 
     def look(self) -> set[str]:
         now = set(raylets(self.cluster))
@@ -74,7 +74,8 @@ def started(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Timelin
     """An empty cluster of cluster.yaml's node types; nothing of it is left at the end."""
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # 8 processes a node, on 2 cores
     file = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    with LocalCluster(autoscaling={**file, "idle_timeout_minutes": IDLE_S / 60, **changes}) as cluster:
+    autoscaling = {**file, "idle_timeout_minutes": IDLE_S / 60, **changes}
+    with LocalCluster(dashboard=True, autoscaling=autoscaling) as cluster:
         yield Timeline(cluster)
     lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in lines if str(cluster.directory) in line]
@@ -86,23 +87,32 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Timeline]:
         yield timeline
 
 
+def job_command(fleet: Timeline, *arguments: str) -> subprocess.Popen[str]:
+    """A command of a user who has the cluster's token and the address of its dashboard."""
+    env = {k: v for k, v in fleet.cluster.env.items() if k != "RAY_ADDRESS"}
+    command = [*CLI, *arguments, "--address", f"http://{fleet.cluster.host(0)}:{fleet.cluster.dashboard_port}"]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @contextlib.contextmanager
-def training(fleet: Timeline, run_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """`gpt2dist train` on the fleet; what it prints is in the timeline."""
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*CLI, "train", str(run_file)], env=fleet.cluster.env, **pipes) as driver:
-        reader = threading.Thread(target=fleet.read, args=(driver,), daemon=True)
+def submitted(fleet: Timeline, run_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """`gpt2dist submit --follow` to the fleet; what it prints is in the timeline."""
+    with job_command(fleet, "submit", str(run_file), "--follow") as following:
+        reader = threading.Thread(target=fleet.read, args=(following,), daemon=True)
         reader.start()
         try:
-            yield driver
+            yield following
         finally:
-            driver.kill()
+            following.kill()
             reader.join(10)
 
 
-def stop(driver: subprocess.Popen[str]) -> None:
-    driver.terminate()
-    assert driver.wait(90) == 0
+def stop(fleet: Timeline, run: RunConfig, following: subprocess.Popen[str]) -> None:
+    """`gpt2dist jobs stop`: the driver, which runs on the head, saves and ends."""
+    with job_command(fleet, "jobs", "stop", run.name) as stopping:
+        said, _ = stopping.communicate(timeout=90)
+    assert stopping.returncode == 0, said
+    assert following.wait(30) == 0
 
 
 def one_a_node(tmp_path: Path, data: str, **changes: Any) -> RunConfig:
@@ -118,9 +128,9 @@ def test_nodes_come_are_replaced_and_go(
 ) -> None:
     run = one_a_node(tmp_path, make_data([30_000]))
     assert not fleet.look()
-    with training(fleet, write(run, tmp_path)) as driver:
-        wait_for(lambda: driver.poll() is not None or (fleet.look() and steps_done(run) >= 30), 240)
-        assert driver.poll() is None
+    with submitted(fleet, write(run, tmp_path)) as following:
+        wait_for(lambda: following.poll() is not None or (fleet.look() and steps_done(run) >= 30), 240)
+        assert following.poll() is None
         time.sleep(20)  # Ray Data asks for more every 10 s, if it may
         assert len(fleet.look()) == 2  # the stream takes what the workers leave of them
         fleet.say(f"{steps_done(run)} steps done; killing a node")
@@ -131,7 +141,7 @@ def test_nodes_come_are_replaced_and_go(
         wait_for(lambda: fleet.look() and steps_done(run) >= events(run, "start")[-1]["step"] + 30)
         assert len(fleet.nodes) == 2
         fleet.say(f"{steps_done(run)} steps done; stopping")
-        stop(driver)
+        stop(fleet, run, following)
     wait_for(lambda: not fleet.look(), IDLE_S + 60)
     assert_audit(gpt2dist, run, events(run, "end")[-1]["step"])
     assert [e["world_size"] for e in events(run, "start")] == [2, 2]
@@ -139,6 +149,43 @@ def test_nodes_come_are_replaced_and_go(
     assert "waiting for 2 workers of 6 CPUs: room for 0, starting 2 × l4; " in said
     assert "failed: " in said
     assert re.search(r"waiting for 2 workers of 6 CPUs: room for 1, starting \d × l4; ", said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(470)
+def test_an_elastic_run_shrinks_and_grows(
+    fleet: Timeline, make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path
+) -> None:
+    """A node dies while there is no other to be had: the autoscaler is stopped. On with one worker; then with two."""
+    changes: dict[str, Any] = {"cluster__workers": [1, 2], "cluster__resize_interval_s": 5.0}
+    run = one_a_node(tmp_path, make_data([30_000]), **changes)
+    head = psutil.Process(fleet.cluster.head.process.pid)
+    (autoscaler,) = [p for p in head.children(recursive=True) if "/monitor.py" in " ".join(p.cmdline()[:4])]
+
+    def at_work(*sizes: int) -> bool:
+        """Whether the groups so far had these sizes, and the last one has done 30 steps."""
+        fleet.look()
+        starts = events(run, "start")
+        return [e["world_size"] for e in starts] == list(sizes) and steps_done(run) >= starts[-1]["step"] + 30
+
+    with submitted(fleet, write(run, tmp_path)) as following:
+        wait_for(lambda: following.poll() is not None or at_work(2), 240)
+        assert following.poll() is None
+        fleet.say(f"{steps_done(run)} steps done; stopping the autoscaler, killing a node")
+        autoscaler.suspend()
+        try:
+            victim = raylets(fleet.cluster)[min(fleet.nodes)]
+            for p in [*victim.children(recursive=True), victim]:
+                p.kill()
+            wait_for(lambda: at_work(2, 1))
+        finally:
+            autoscaler.resume()
+        fleet.say(f"{steps_done(run)} steps done; the autoscaler goes on")
+        wait_for(lambda: at_work(2, 1, 2))
+        fleet.say(f"{steps_done(run)} steps done; stopping")
+        stop(fleet, run, following)
+    assert events(run, "start")[-1]["redone_steps"] == 0
+    assert_audit(gpt2dist, run, events(run, "end")[-1]["step"])
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_page(run: RunConfig) -> None:
         "finished",
         "worker 1: &lt;b&gt;its process died&lt;/b&gt;",
         "attempt 2: 2 workers, from step 4, 2 steps to redo",
-        "going on with 1 workers",
+        "going on with 1 worker",
         "optim.lr: 0.003 → 0.001",
         "every sample exactly once",  # the checkpoint's fingerprint is made up, the ledger's is not
         "2 workers, ZeRO-2",
