@@ -15,9 +15,6 @@ from gpt2dist.model.loss import CHUNK, ROWS
 from gpt2dist.train.fragment import is_muon_matrix, sums_at_owners
 from gpt2dist.train.peak import DTYPES
 
-LIBRARIES = 50 << 20
-"""What the first steps add to a process on the CPU beside tensors: code, buffers, gaps in the heap. Measured once."""
-
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
     """Counts of one run; sizes in tokens, sequences and FLOPs; those of a step hold after the warm-up of the batch."""
@@ -62,8 +59,6 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["weights"] = low * share[3]
         # At stage 3 in fp32 the weights are the master weights.
         parts["master weights"] = 0 if low == 4 and stage == 3 else 4 * share[1]
-    if on_cpu:
-        parts["libraries"] = LIBRARIES
     if stage == 3:
         # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
         parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0

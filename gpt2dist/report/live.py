@@ -134,6 +134,8 @@ def describe(event: dict[str, Any]) -> str | None:
     if kind == "ema_started":
         return f"averaged weights (optim.ema_decay) begin with the weights of step {event['step']}"
     if kind == "preemption":
+        if event["action"] == "late":
+            return f"a machine was taken away at once; what follows step {event['saved_step']} will be done again"
         return f"a machine with {_workers(event['ranks'])} will be taken away {_when(event)}: {_reaction(event)}"
     if kind == "resize":
         return f"going on with {count('worker', event['workers'])}"

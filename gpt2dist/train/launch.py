@@ -154,7 +154,9 @@ class TrainJob:
             try:
                 end = str(self._worker_group(scratch).fit().return_value)
             except ray.train.TrainingFailedError as error:
-                if not _is_preemption(error):
+                if _is_preemption(error):
+                    self._log_preemption(error)
+                else:
                     before, saved = saved, self._saved_step()
                     failures = 1 if saved > before else failures + 1
                     if 0 <= limit < failures:
@@ -173,6 +175,23 @@ class TrainJob:
             if rundir.requested(self.run.run_dir) == rundir.RESIZE:
                 rundir.withdraw(self.run.run_dir)
             self._events.try_append({"time": time.time(), "event": "restart"})
+
+    def _log_preemption(self, error: BaseException) -> None:
+        """Where the machine went before its workers had heard of it, and so logged nothing."""
+        known = [e for e in self._events.read() if e["event"] in ("start", "preemption", "failure")]
+        if known and max(known, key=lambda e: float(e["time"]))["event"] != "start":
+            return
+        info = getattr(error, "preemption_info", None)
+        self._events.try_append(
+            {
+                "time": time.time(),
+                "event": "preemption",
+                "ranks": list(info.preempted_ranks) if info else [],
+                "nodes": list(info.preempted_node_ids) if info else [],
+                "action": "late",
+                "saved_step": self._saved_step(),
+            }
+        )
 
     def _resolve(self) -> None:
         """Leave out what rewinds have left out, and write the resolved configuration."""

@@ -110,9 +110,10 @@ def test_notice_too_short_for_a_save(
             cluster.drain(second, 1)
             wait_for(lambda: len(events(run, "start")) == 2, 120)
             second.kill()
-            stop(process, run)
+            printed = stop(process, run)
     (notice,) = events(run, "preemption")
-    assert notice["action"] == "lost"
+    assert notice["action"] in ("lost", "late")  # whether the workers hear of it in that second is chance
+    assert "will be done again" in printed
     assert events(run, "start")[1]["redone_steps"] > 0
     assert_audit(gpt2dist, run, steps_done(run))
 
