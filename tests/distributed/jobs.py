@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,6 +39,12 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     result = {"start": start, "slots": slots, "elements": owned_elements(engine), "scalars": engine.scalars()}
     engine.close()
     return result
+
+
+def imports_compiler(run: RunConfig) -> bool:
+    """Train a run on this rank; whether that has imported torch's compiler."""
+    train_run(run)
+    return "torch._inductor.compile_fx" in sys.modules
 
 
 def poison(engine: Engine, broken: Callable[[], bool]) -> None:
