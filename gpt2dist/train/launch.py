@@ -155,7 +155,8 @@ class TrainJob:
                 end = str(self._worker_group(scratch).fit().return_value)
             except ray.train.TrainingFailedError as error:
                 if _is_preemption(error):
-                    self._log_preemption(error)
+                    with contextlib.suppress(OSError, StorageError):  # the storage is away: the restart comes first
+                        self._log_preemption(error)
                 else:
                     before, saved = saved, self._saved_step()
                     failures = 1 if saved > before else failures + 1
