@@ -35,6 +35,8 @@ NOTICE_S = 20.0
 """Of a drained node."""
 AWAY_S = 10.0
 """For so long the storage is away, or the disk full."""
+IN_FORCE_S = {"drain-node": NOTICE_S}
+"""Training goes on meanwhile, and the machine has to go before the end."""
 REPLACED_AFTER_S = 5.0
 """A machine that has gone is replaced after so long."""
 WORKER_CPUS, NODE_CPUS = 2, 3
@@ -307,11 +309,26 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
         quiet.start()
         while not quiet.ended():
             time.sleep(POLL_S)
+    check_length(reference, plan)
     with arena(broken, say) as a:
         say(f"the run with faults, in {broken.run_dir}")
         injected = inject(a, plan, random.Random(f"victims/{seed}"))
     skipped = [Injected(NAN, step, f"gradients of step {step} made NaN, in both runs", 0.0) for step in spoilt]
     return judge(reference, broken, sorted([*injected, *skipped], key=lambda i: i.step))
+
+
+def check_length(reference: RunConfig, plan: list[tuple[int, str]]) -> None:
+    """Raises `ChaosError` where the steps after a fault's take less time than it is in force."""
+    took = [row["step_s"] for row in rundir.metrics_log(reference.run_dir).read()]
+    needed = 0.0
+    for step, fault in reversed(plan):
+        needed += IN_FORCE_S.get(fault, 0.0)
+        if (left := sum(took[step:])) < needed:
+            steps = math.ceil(len(took) * 1.5 * needed / left)
+            raise ChaosError(
+                f"{fault} at step {step}: the faults from there on last {needed:.0f} s, the steps {left:.0f} s: set "
+                f"train.steps to {steps:,} or more"
+            )
 
 
 def prepared(run: RunConfig, suffix: str) -> RunConfig:

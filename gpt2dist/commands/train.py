@@ -42,13 +42,22 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         _dry_run(run, run_file, as_json)
         return
     check_in_a_job(run, run_file)
+    told: list[str] = []
+
+    def away(problem: str) -> None:
+        if not told:
+            click.echo(
+                f"waiting for the storage, {run.checkpoint.retry_minutes:g} minutes at most ({problem})", err=True
+            )
+        told.append(problem)
+
     from gpt2dist.cluster.session import NO_NODES_FOR_DATA, output_to_log, ray_session
     from gpt2dist.cluster.waiting import Room
     from gpt2dist.report import gauges, live, tables
     from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
 
-    ready = launch.preflight(run, run_file)
+    ready = launch.preflight(run, run_file, away)
     if run.data.verify and not ready.finished:
         for path in run.data_paths:
             for check in hash_shards(path):
@@ -75,7 +84,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
                 if url := gauges.scrape_url():
                     console.print(f"metrics at {url}")
                 observe = gauges.Gauges(run.name, job.run.run_dir).update
-                live.follow(run, console, job.done, started, observe, Room(run).missing)
+                room = Room(run)
+                live.follow(run, console, job.done, started, observe, lambda: job.waits_for or room.missing())
                 try:
                     job.check()
                 except launch.TrainingFailed as e:

@@ -60,7 +60,10 @@ def follow(
                     elif event["event"] in ("launch", "failure", "restart"):
                         first_step = None
                         wait.begin(event["time"])
+            if not events:  # the storage is away
+                wait.begin(time.time())
             if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
+                wait.over()
                 view.show(metrics[-1])
             elif not finished and (news := wait.look()):
                 view.wait(*news)
@@ -111,7 +114,10 @@ def _tails(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _is_full(run: RunConfig) -> bool:
-    return is_local(location(run.run_dir)) and shutil.disk_usage(run.run_dir).free < FULL_BYTES
+    try:
+        return is_local(location(run.run_dir)) and shutil.disk_usage(run.run_dir).free < FULL_BYTES
+    except OSError:  # away
+        return False
 
 
 def _sleep(seconds: float, done: Callable[[], bool]) -> None:
@@ -225,7 +231,7 @@ class _Lines:
     def wait(self, text: str, seconds: float) -> None:
         if text == self.waits_for and seconds < self.say_again:
             return
-        self.say(f"{text}; {seconds:.0f} s" if text else "there is room for the workers")
+        self.say(f"{text}; {seconds:.0f} s" if text else "the wait is over")
         self.waits_for, self.say_again = text, seconds + WAIT_AGAIN_S
 
     def show(self, m: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from upath import UPath
 
 from gpt2dist.config import UserError
 from gpt2dist.storage import (
+    StorageError,
     children,
     exists,
     is_local,
@@ -168,8 +169,17 @@ def _remove_checkpoint(path: UPath) -> None:
 
 
 def steps(run_dir: str) -> list[int]:
-    """Steps whose checkpoint was committed, newest first; it need not be good, nor there any more."""
-    logged = rundir.saved_step(run_dir)
+    """Steps whose checkpoint was committed, newest first; it need not be good, nor there any more.
+
+    Raises:
+        StorageError: some were, but the directory in which they lay is not there.
+    """
+    logged, place = rundir.saved_step(run_dir), location(run_dir) / "checkpoints"
+    if logged and is_local(place) and not place.is_dir():
+        raise StorageError(
+            f"{place}: not there, though step {logged} was saved; if the storage is not away: to start anew choose "
+            "another name, or delete the run's directory"
+        )
     found = {step for step, path in _directories(run_dir) if exists(path / INDEX) or _is_link(path)}
     if logged > max(found, default=0):
         found.add(logged)
@@ -201,6 +211,7 @@ def newest(run_dir: str) -> Checkpoint | None:
 
     Raises:
         NoneLeft: there were some, but none is good.
+        StorageError: they are away.
     """
     problem: BadCheckpoint | None = None
     for found in committed(run_dir):
@@ -214,6 +225,7 @@ def newest(run_dir: str) -> Checkpoint | None:
         else:
             return found
     if problem is not None:
+        steps(run_dir)  # raises where they went away meanwhile
         raise NoneLeft(run_dir, str(problem))
     return None
 

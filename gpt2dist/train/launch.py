@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import StorageError, check_writable, is_local, location, publish, remove_tree
+from gpt2dist.storage import StorageError, check_writable, exists, is_local, location, publish, remove_tree
 from gpt2dist.train import checkpoint, reservation, resume, rundir
 from gpt2dist.train.allocator import cpu_worker_environment
 from gpt2dist.train.saved import changes
@@ -33,6 +33,8 @@ from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, t
 
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
 """Wait before a restart: nothing after the first failure in a row, then 5 s, 15 s, 35 s and so on."""
+LONGEST_LOOK_S = 10.0
+"""Between two looks whether the storage is back."""
 RESIZE_SAVE_S = 600.0
 """How long a group may take to save before it is resized."""
 
@@ -53,8 +55,10 @@ class Preflight:
     """What the run file has changed since the newest checkpoint."""
 
 
-def preflight(run: RunConfig, source: str) -> Preflight:
+def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda _: None) -> Preflight:
     """Check all that can be checked without a cluster; `source` names the run file in messages.
+
+    away: see `newest_when_there`.
 
     Raises:
         UserError: data set missing, damaged or too short, storage not writable, or a checkpoint that does not fit.
@@ -85,7 +89,8 @@ def preflight(run: RunConfig, source: str) -> Preflight:
         )
     check_writable(run.run_dir)
     try:
-        found = checkpoint.newest(run.run_dir)
+        begun = exists(location(run.run_dir) / "config.toml")
+        found = newest_when_there(run, away) if begun else checkpoint.newest(run.run_dir)
     except checkpoint.NoneLeft as e:
         raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
     if found is None:
@@ -114,6 +119,8 @@ class TrainJob:
         self._resolve()
         changed = [change.to_json() for change in changes]
         self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
+        self.waits_for = ""
+        """What keeps the next worker group from starting; nothing: not this process."""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -143,7 +150,7 @@ class TrainJob:
         except BaseException as e:  # handed to the main thread by check()
             self._error = e
         finally:
-            with contextlib.suppress(StorageError):  # the storage is away: that is the error already
+            with contextlib.suppress(OSError, StorageError):  # the storage is away: that is the error already
                 remove_tree(scratch)
                 rundir.withdraw(self.run.run_dir)
 
@@ -200,8 +207,14 @@ class TrainJob:
         publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
 
     def _saved_step(self) -> int:
-        found = checkpoint.newest(self.run.run_dir)
+        try:
+            found = newest_when_there(self.run, self._say_away)
+        finally:
+            self.waits_for = ""
         return found.index.step if found else 0
+
+    def _say_away(self, problem: str) -> None:
+        self.waits_for = f"waiting for the storage ({problem})"
 
     def _stopped_while_waiting(self, seconds: float) -> bool:
         """Wait before the next start; whether the end was asked for meanwhile, when no worker could see it."""
@@ -242,6 +255,29 @@ class TrainJob:
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),
         )
+
+
+def newest_when_there(run: RunConfig, away: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of a run that has begun; waits while the storage is away.
+
+    away: told what is wrong, again and again.
+
+    Raises:
+        NoneLeft: none is good.
+        OSError, StorageError: away for `checkpoint.retry_minutes`.
+    """
+    pause, give_up = 1.0, time.monotonic() + 60 * run.checkpoint.retry_minutes
+    while True:
+        try:
+            if not exists(location(run.run_dir) / "config.toml"):
+                raise StorageError(f"{run.run_dir}: the run's directory is not there any more")
+            return checkpoint.newest(run.run_dir)
+        except (OSError, StorageError) as e:
+            if time.monotonic() > give_up:
+                raise
+            away(str(e))
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOOK_S)
 
 
 def _is_preemption(error: BaseException) -> bool:
@@ -329,7 +365,7 @@ class FailureLog(UserCallback):  # type: ignore[misc]
         event = {"time": time.time(), "event": "failure", "cause": first_cause(worker_exceptions)}
         try:
             rundir.events_log(self.run_dir).append(event)
-        except StorageError as e:  # an unwritten line must not end the run
+        except (OSError, StorageError) as e:  # an unwritten line must not end the run
             print(f"the failure could not be logged: {e}", flush=True)
 
 

@@ -270,6 +270,7 @@ class Trainer:
 
         Raises:
             NoneLeft: there are some, but all are damaged.
+            StorageError: they are away, and may come back.
         """
         steps: list[int] = []
         if self.rank == 0:  # what was saved after a divergence had begun
@@ -285,6 +286,7 @@ class Trainer:
             self._event("bad_checkpoint", step=step, reason=problem)
         else:
             if first_problem:  # to begin again would be another run
+                checkpoint.steps(self.run.run_dir)  # raises where they went away meanwhile
                 raise NoneLeft(self.run.run_dir, first_problem)
             if self.run.model.init_from:
                 self.engine.set_weights(hf.read_weights(self.run.model.init_from))

@@ -11,12 +11,12 @@ import pytest
 
 from gpt2dist.cluster import chaos
 from gpt2dist.config import UserError
+from gpt2dist.train import rundir
 from tests.chaos.soak import soak
 from tests.conftest import tiny_run
 from tests.ray.test_train import Run, write
 
 CHANGES: dict[str, Any] = {
-    "train__steps": 200,
     "eval__every_steps": 50,
     "checkpoint__every_steps": 10,
     "cluster__cpus_per_worker": 1,
@@ -24,25 +24,27 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("workers", "faults"),
+    ("workers", "faults", "steps"),
     [
-        (2, ["kill-worker", "kill-driver", "bad-checkpoint", "disk-full", "storage-away", "nan"]),
-        ([1, 2], ["drain-node", "kill-node", "stall-worker"]),
+        (2, ["kill-worker", "kill-driver", "bad-checkpoint", "disk-full", "storage-away", "nan"], 200),
+        ([1, 2], ["drain-node", "kill-node", "stall-worker"], 1200),
     ],
 )
 def test_faults_change_nothing(
-    make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path, workers: Any, faults: list[str]
+    make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path, workers: Any, faults: list[str], steps: int
 ) -> None:
-    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), cluster__workers=workers, **CHANGES)
+    """Of the first schedule a worker is killed while the storage is away."""
+    changes = {**CHANGES, "train__steps": steps, "cluster__workers": workers}
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([30_000]), **changes)
     write(run, tmp_path)
-    done = gpt2dist("chaos", "run.toml", "--faults", ",".join(faults), "--seed", "1", "--json", timeout=850)
+    done = gpt2dist("chaos", "run.toml", "--faults", ",".join(faults), "--seed", "1", "--json", timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = json.loads(done.stdout)
     assert verdict["passed"]
     assert sorted(f["fault"] for f in verdict["faults"]) == sorted(faults)
-    assert verdict["audit"]["samples"] == 200 * run.global_batch
+    assert verdict["audit"]["samples"] == steps * run.global_batch
     assert Path(verdict["picture"]).stat().st_size > 10_000
 
 
@@ -65,6 +67,14 @@ def test_the_schedule_depends_on_the_seed_alone() -> None:
     assert [step for step, _ in first] == sorted(step for step, _ in first)
     assert all(10 <= step < 90 for step, _ in first)
     assert len({tuple(chaos.schedule(faults, 100, seed)) for seed in range(10)}) > 5
+
+
+def test_a_run_too_short_for_its_faults_is_told_so(tmp_path: Path) -> None:
+    run = tiny_run(storage=str(tmp_path), train__steps=100)
+    rundir.metrics_log(run.run_dir).append(*({"step": step, "step_s": 0.1} for step in range(100)))
+    chaos.check_length(run, [(50, "kill-worker"), (90, "storage-away")])
+    with pytest.raises(chaos.ChaosError, match=r"drain-node at step 60: .* last 20 s, the steps 4 s: .* to 750 or"):
+        chaos.check_length(run, [(50, "kill-worker"), (60, "drain-node")])
 
 
 def test_what_cannot_be_broken_is_refused(make_data: Callable[..., str], tmp_path: Path) -> None:

@@ -211,4 +211,4 @@ def test_a_run_says_what_it_waits_for(make_data: Callable[..., str], tmp_path: P
             driver.kill()
             driver.wait()
     text = printed.read_text()
-    assert text.index("there is room for the workers") < text.index("attempt 1: 2 workers") < text.index("step 12/12")
+    assert text.index("the wait is over") < text.index("attempt 1: 2 workers") < text.index("step 12/12")

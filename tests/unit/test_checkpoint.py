@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2dist.config import UserError
-from gpt2dist.train import checkpoint, fragment_file, rundir, snapshot
+from gpt2dist.storage import StorageError
+from gpt2dist.train import checkpoint, fragment_file, launch, rundir, snapshot
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, NoneLeft
 from gpt2dist.train.fragment import KINDS, Fragment
 from gpt2dist.train.index import INDEX, Index
+from tests.conftest import tiny_run
 
 SHAPES = {"a": (6, 5), "b": (7,)}
 STEP_4 = "checkpoints/step-00000004"
@@ -224,6 +226,39 @@ def test_an_index_that_is_gone_is_missed(tmp_path: Path) -> None:
     assert checkpoint.steps(str(tmp_path)) == [4]
     events.append({"event": "commit", "step": 6}, {"event": "rewind", "steps": [5, 7]})
     assert checkpoint.steps(str(tmp_path)) == [4]
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("checkpoints", "checkpoints: not there, though step 4 was saved"), ("", "not there any more")],
+)
+def test_a_run_waits_for_its_storage(tmp_path: Path, lost: str, message: str) -> None:
+    """Before a restart: what is away is not damaged, and a run must neither end nor begin anew for it."""
+    run = tiny_run(storage=str(tmp_path), name="run", checkpoint={"retry_minutes": 0.05})
+    save(Path(run.run_dir), 4)
+    (Path(run.run_dir) / "config.toml").write_text("")
+    rundir.events_log(run.run_dir).append({"event": "commit", "step": 4})
+    place, away = Path(run.run_dir) / lost, tmp_path / "away"
+    told: list[str] = []
+
+    def tell(problem: str) -> None:
+        told.append(problem)
+        if len(told) == 2:
+            away.rename(place)
+
+    place.rename(away)
+    found = launch.newest_when_there(run, tell)
+    assert found is not None
+    assert found.index.step == 4
+    assert len(told) == 2
+    assert message in told[0]
+    place.rename(away)
+    with pytest.raises(StorageError, match=message):
+        launch.newest_when_there(run, told.append)
+    away.rename(place)
+    (Path(run.run_dir) / STEP_4 / INDEX).unlink()
+    with pytest.raises(NoneLeft):
+        launch.newest_when_there(run, pytest.fail)
 
 
 def test_files_of_other_machines_are_not_committed(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_what_a_run_waits_for_is_said_once_and_again_when_it_changes(
     assert [line.split(";")[0] for line in console.file.getvalue().splitlines()] == [
         "room for 0",
         "room for 1",
-        "there is room for the workers",
+        "the wait is over",
         "attempt 1: 2 workers, from the start",
         "step 5/12  loss 2.0000  lr 1.00e-03  10 tok/s",
         "failed: worker 0: its process died",
