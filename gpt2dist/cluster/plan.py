@@ -10,10 +10,14 @@ import torch
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps, consumed
 from gpt2dist.model import gpt2
+from gpt2dist.model.attention import keeps_probabilities
 from gpt2dist.model.linear import product_dtype
 from gpt2dist.model.loss import CHUNK, ROWS
 from gpt2dist.train.fragment import is_muon_matrix, sums_at_owners
 from gpt2dist.train.peak import DTYPES
+
+BESIDE_TENSORS = 15_000_000
+"""Bytes that steps on a CPU take for oneDNN's scratch memory, gloo and code loaded late: 0 to 45 MB were seen."""
 
 
 def arithmetic(run: RunConfig) -> dict[str, Any]:
@@ -71,14 +75,19 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts |= {"averaged weights": 0} if run.optim.ema_decay else {}
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
+    if on_cpu:
+        parts["beside tensors"] = BESIDE_TENSORS
     tokens = run.batch.micro_sequences * run.data.seq_len
     device = torch.device("cpu" if on_cpu else "cuda")
-    product = product_dtype(DTYPES[run.train.precision], device).itemsize
-    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit; attention scores are never stored. Products in
+    dtype = DTYPES[run.train.precision]
+    product = product_dtype(dtype, device).itemsize
+    # Korthikanti et al. 2022: 34·C bytes a token and layer in 16 bit, without attention scores. Products in
     # fp32 keep Q, K, V and the result of attention in it. With checkpointing the input of each block, and later all of
     # the one that is computed again.
     inputs = low * config.n_embd * tokens
     block = 17 * inputs + 4 * (product - low) * config.n_embd * tokens
+    if not config.document_mask and not config.dropout and keeps_probabilities(run.data.seq_len, dtype, device):
+        block += low * config.n_head * run.data.seq_len * tokens - inputs  # in place of the result
     checkpointing = run.train.activation_checkpointing
     activations = config.n_layer * (inputs if checkpointing else block)
     table = low * config.padded_vocab_size * config.n_embd  # a gradient of the embedding table
@@ -92,6 +101,9 @@ def memory(run: RunConfig) -> dict[str, int]:
     else:  # all at once; some rows in fp32
         rows = 0 if low == 4 else 4 * min(tokens, ROWS[device.type])
         loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
+    tables = (
+        2 if on_cpu else 3
+    )  # gradients of it at a time: from the head, from the embedding (on CPUs rows), their sum
     bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
     moments = [{"activations": activations, **loss}]
     if stage == 3:  # where the bucket stays
@@ -102,16 +114,16 @@ def memory(run: RunConfig) -> dict[str, int]:
     reduce: dict[str, int] = {}
     if stage == 1:
         reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
-    elif stage >= 2:  # the table's from both ends of the model, and their sum
-        reduce = {"gradients to reduce": 3 * table}
-    if stage == 3 and low == 4:  # of the table from both ends, and the own part of a bucket
+    elif stage >= 2:
+        reduce = {"gradients to reduce": tables * table}
+    if stage == 3 and low == 4:  # and the own part of a bucket
         own = -(-min(n - table // low, bucket) // world)
         reduce = {"gradients to reduce": 2 * table + 4 * own, "activations": activations}
     elif stage == 3:  # and those that wait for their bucket
-        reduce = {"gradients to reduce": low * min(n, 2 * bucket) + 3 * table, "activations": activations}
+        reduce = {"gradients to reduce": low * min(n, 2 * bucket) + tables * table, "activations": activations}
     if stage == 2 and sums_at_owners(device.type, world):
-        # The bucket of 16-bit gradients; what travels takes the place of their sum, and more with more ranks.
-        reduce["bucket"] = low * (bucket + max(0, world - 2) * min(bucket, share[2]))
+        own = min(table, low * share[2])
+        reduce["of the others, summed"] = own * (world - 1 + (low == 4)) if world > 1 else 0
     elif stage:
         reduce["bucket"] = 4 * bucket
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]

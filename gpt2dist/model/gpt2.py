@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.tokenizer import EOT
-from gpt2dist.model.linear import Linear, attention, linear
+from gpt2dist.model.attention import attention
+from gpt2dist.model.linear import Linear, linear
 from gpt2dist.model.loss import linear_cross_entropy
 
 VOCAB_SIZE = 50257
@@ -195,6 +197,34 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+class TokenEmbedding(nn.Embedding):
+    """Rows of the table; on the CPU its gradient are rows too, summed in fp32, to be added to the head's."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 [B, T]; result: [B, T, n_embd]."""
+        if ids.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(ids)
+        out: Tensor = _Rows.apply(ids, self.weight)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        rows, place = ids.flatten().unique(return_inverse=True)
+        sums = torch.zeros(len(rows), grad.shape[-1]).index_add_(0, place, grad.flatten(0, -2).float())
+        return None, torch.sparse_coo_tensor(
+            rows[None], sums.to(grad.dtype), ctx.shape, is_coalesced=True, check_invariants=False
+        )
+
+
 class Head(nn.Module):
     """Logits by the tied embedding table, or the loss; no softmax ever sees the table's padding rows."""
 
@@ -223,7 +253,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         c = self.config = config
-        self.wte = nn.Embedding(c.padded_vocab_size, c.n_embd)
+        self.wte = TokenEmbedding(c.padded_vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.n_positions, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))

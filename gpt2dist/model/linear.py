@@ -79,11 +79,3 @@ class _InFp32(torch.autograd.Function):
         grad_x = torch.mm(rows, weight.float()).to(x.dtype).view(x.shape)
         grad_weight = torch.mm(rows.t(), x.flatten(0, -2).float()).to(x.dtype)
         return grad_x, grad_weight, rows.sum(0).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, causal: bool) -> Tensor:
-    """softmax(QKᵀ/√d_k)V, see `F.scaled_dot_product_attention`. q, k, v, result: [B, n_head, T, d_k]."""
-    dtype = q.dtype
-    if product_dtype(dtype, q.device) != dtype:
-        q, k, v = q.float(), k.float(), v.float()
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal).to(dtype)

@@ -33,12 +33,17 @@ from torch.utils import cpp_extension
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import accumulation_steps
 from gpt2dist.model import gpt2
+from gpt2dist.model.attention import use_units
 from gpt2dist.train.fragment import EMA, KINDS, Fragment, is_muon_matrix, sums_at_owners
 from gpt2dist.train.optim import MuonAdamW, adamw, ema_decay
 from gpt2dist.train.peak import DTYPES, MemoryPeak
 from gpt2dist.train.zero import ALIGNMENT, norm, replace_parts
 
 log = logging.getLogger(__name__)
+
+
+SMALL_BUCKET = 1 << 16
+"""Elements; larger gradients are not copied into a bucket. For ranks on one machine a message costs next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Engine:
         replace_parts(device, self.world_size)
         config = _deepspeed_config(run, self.world_size, self.gas, device)
         working = DTYPES[run.train.precision]
+        use_units(working, device)
         cast = self.stage == 0 and working != torch.float32
         model = _zero_model(self.model_config, torch.float32 if cast else working, device, config)
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -435,8 +441,9 @@ def _build_cpu_collectives() -> None:
 def _deepspeed_config(run: RunConfig, world_size: int, gas: int, device: torch.device) -> dict[str, Any]:
     """Our typed config in DeepSpeed's words. Gradients are summed in fp32, over micro-batches and over ranks."""
     t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
-    as_they_are = world_size == 1 or (stage == 2 and sums_at_owners(device.type, world_size))
-    bucket = round(t.bucket_mb * 1e6 / 4)
+    at_owners = stage == 2 and sums_at_owners(device.type, world_size)
+    as_they_are = world_size == 1 or at_owners
+    bucket = SMALL_BUCKET if at_owners else round(t.bucket_mb * 1e6 / 4)
     offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
     return {
         "train_micro_batch_size_per_gpu": micro,

@@ -24,6 +24,9 @@ ALIGNMENT = 32
 whose last bit may be another one."""
 
 
+_copy_own = DeepSpeedZeroOptimizer.copy_grads_in_partition
+
+
 def replace_parts(device: torch.device, world_size: int) -> None:
     """Put the replacements in place; before `deepspeed.initialize`."""
     _leave_out_muon()
@@ -31,6 +34,9 @@ def replace_parts(device: torch.device, world_size: int) -> None:
     DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)  # 2 there
     DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(_add)
     DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
+    DeepSpeedZeroOptimizer.has_overflow_partitioned_grads_serial = _seen_by_norm
+    DeepSpeedZeroOptimizer.unscale_and_clip_grads = _scale_in_step
+    DeepSpeedZeroOptimizer.copy_grads_in_partition = _let_go
     if sums_at_owners(device.type, world_size):
         DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks = _sum_at_owners
         stage_1_and_2.all_gather_dp_groups = _gather
@@ -59,6 +65,13 @@ def _add(output: Tensor | None, gradient: Tensor) -> None:
             a.add_(b)
 
 
+def _let_go(zero: Any, param: Tensor, group_idx: int | None = None) -> None:
+    """A gradient that was added to its fp32 sum is not needed any more; DeepSpeed keeps it to the end of backward."""
+    _copy_own(zero, param, group_idx)
+    if zero.partition_gradients and not zero.cpu_offload and zero._use_compact_grad_partition_buffer(group_idx):
+        zero.clear_grad_attribute(param)
+
+
 def _sum_at_owners(
     zero: Any,
     slices: Sequence[Tensor],
@@ -84,7 +97,8 @@ def _sum_at_owners(
             received.append([slices[i] for i in own])
             continue
         if theirs := [s for s, owner in zip(slices, owners, strict=True) if owner == other]:
-            transfers.append(dist.P2POp(dist.isend, torch.cat(theirs), group=process_group, group_peer=other))
+            sent = torch.cat(theirs) if len(theirs) > 1 else theirs[0]
+            transfers.append(dist.P2POp(dist.isend, sent, group=process_group, group_peer=other))
         flat = torch.empty(sum(slices[i].numel() for i in own), dtype=slices[0].dtype, device=slices[0].device)
         if own:
             transfers.append(dist.P2POp(dist.irecv, flat, group=process_group, group_peer=other))
@@ -121,12 +135,25 @@ def _norm_of_own(zero: Any, gradients: list[Tensor], _params: Any, norm_type: fl
     return torch.where(result.isfinite(), result, -1.0)  # which DeepSpeed's has there
 
 
+def _seen_by_norm(zero: Any) -> Tensor:
+    """Whether gradients are not finite: then their norm is not, which is looked at next."""
+    return torch.zeros(1, dtype=torch.bool, device=zero.device)
+
+
+def _scale_in_step(zero: Any, _gradients: Any, total_norm: Tensor) -> None:
+    """Clip, and take fp16's loss scale back, as the optimizer reads the gradients; DeepSpeed goes over them before."""
+    scale = torch.as_tensor(zero.loss_scale, dtype=torch.float32, device=zero.device)
+    if zero.clip_grad:
+        scale = scale * ((total_norm / scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
+    zero.optimizer.grad_scale = scale
+
+
 def norm(x: Tensor) -> Tensor:
     """2-norm of all elements, summed in fp64: in fp32 it is then the same however the ranks share the model."""
     if x.device.type != "cpu":
         result: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
         return result
-    squares, wide = [], torch.empty(1 << 16, dtype=torch.float64)  # fits into a cache
+    squares, wide = [], torch.empty(1 << 17, dtype=torch.float64)  # fits into a cache
     for part in torch.split(x.flatten(), len(wide)):
         in_fp64 = wide[: len(part)].copy_(part)
         squares.append(in_fp64 @ in_fp64)

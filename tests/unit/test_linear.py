@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2dist.model import linear
+from gpt2dist.model.attention import attention, keeps_probabilities, use_units
 from gpt2dist.model.gpt2 import GPT2Config, build
-from gpt2dist.model.linear import FEW_ROWS, Linear, attention, product_dtype
+from gpt2dist.model.linear import FEW_ROWS, Linear, product_dtype
 
 IN, OUT = 200, 96
 CPU = torch.device("cpu")
@@ -70,6 +73,39 @@ def test_attention_is_rounded_once(causal: bool) -> None:
     assert error(out, expected.detach()) <= half
     for mine, theirs in zip((q, k, v), exact, strict=True):
         assert error(mine.grad, theirs.grad) <= half
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("length", [16, 50, 256])
+def test_kept_probabilities_are_as_exact_as_torch(length: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences on CPUs with units for bf16: errors against fp64 like those of torch's kernel."""
+    monkeypatch.setattr(linear, "WITHOUT_UNITS", frozenset())
+    assert keeps_probabilities(length, torch.bfloat16, CPU)
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, 3, length, 24).bfloat16() for _ in range(3)]
+    upstream = torch.randn(2, 3, length, 24).bfloat16()
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in qkv]
+        out = function(*inputs)
+        out.backward(upstream.to(dtype))
+        return [out.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, None, dropout=0.0, causal=True)
+
+    use_units(torch.bfloat16, CPU)
+    try:
+        mine = run(torch.compile(ours) if compiled else ours, torch.bfloat16)
+    finally:
+        use_units(torch.float32, CPU)
+    exact, theirs = run(torchs, torch.float64), run(torchs, torch.bfloat16)
+    for a, b, c in zip(mine, theirs, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert ((a - c).norm() / c.norm()).item() < max(1.5 * ((b - c).norm() / c.norm()).item(), 4e-3)
 
 
 @pytest.mark.usefixtures("without_units")
