@@ -177,8 +177,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
     bucket_mb: float = Field(default=100.0, ge=0.1)
-    """Gradients are reduced, and at stage 3 weights gathered ahead, in pieces of this many MB (10^6 bytes of fp32); up
-    to four CPU workers at stage 2 need no such pieces."""
+    """Gradients, and at stage 3 weights, travel in pieces of so many MB of fp32; not among 1 to 4 CPU workers at 2."""
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on; takes a second bucket."""
     offload_optimizer: bool = False
