@@ -101,9 +101,7 @@ def memory(run: RunConfig) -> dict[str, int]:
     else:  # all at once; some rows in fp32
         rows = 0 if low == 4 else 4 * min(tokens, ROWS[device.type])
         loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
-    tables = (
-        2 if on_cpu else 3
-    )  # gradients of it at a time: from the head, from the embedding (on CPUs rows), their sum
+    tables = 2 if on_cpu else 3  # its gradients from the head and from the embedding, on CPUs rows, and their sum
     bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
     moments = [{"activations": activations, **loss}]
     if stage == 3:  # where the bucket stays

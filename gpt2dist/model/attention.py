@@ -28,10 +28,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: 
 
 
 def use_units(dtype: torch.dtype, device: torch.device) -> None:
-    """From now on in this process, where weights are `dtype`: units for bf16 also multiply fp32 operands, as `_Kept`
-    has them: they are bf16 numbers, results are fp32. In fp32 runs nothing is rounded."""
+    """From now on in this process: whether units for bf16 multiply fp32 operands, rounding them; results are fp32.
+
+    dtype: of the weights. Where it is bf16 the only such operands are those of `_Kept`, which are bf16 numbers.
+    """
     if device.type == "cpu":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if _has_units(dtype, device) else "none"  # type: ignore[attr-defined]
+        setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        setting.fp32_precision = "bf16" if _has_units(dtype, device) else "none"
 
 
 def keeps_probabilities(length: int, dtype: torch.dtype, device: torch.device) -> bool:

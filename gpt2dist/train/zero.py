@@ -36,8 +36,8 @@ def replace_parts(device: torch.device, world_size: int) -> None:
     DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
     DeepSpeedZeroOptimizer.has_overflow_partitioned_grads_serial = _seen_by_norm
     DeepSpeedZeroOptimizer.unscale_and_clip_grads = _scale_in_step
-    DeepSpeedZeroOptimizer.copy_grads_in_partition = _let_go
     if sums_at_owners(device.type, world_size):
+        DeepSpeedZeroOptimizer.copy_grads_in_partition = _let_go
         DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks = _sum_at_owners
         stage_1_and_2.all_gather_dp_groups = _gather
 
