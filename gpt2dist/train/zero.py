@@ -24,7 +24,7 @@ ALIGNMENT = 32
 whose last bit may be another one."""
 
 
-_copy_own = DeepSpeedZeroOptimizer.copy_grads_in_partition
+_copy_own = DeepSpeedZeroOptimizer.copy_grads_in_partition  # DeepSpeed's, however often it is replaced
 
 
 def replace_parts(device: torch.device, world_size: int) -> None:
