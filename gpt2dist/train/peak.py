@@ -14,24 +14,28 @@ from gpt2dist.model.linear import product_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+PRODUCTS, PRODUCTS_S = 3, 0.1
+"""How many matrix products the peak is the best of, at least, and how long they take together."""
+
 
 def peak_flops(run: RunConfig, device: torch.device) -> float:
     """FLOP/s of one worker: train.peak_tflops, or the best of some matrix products of the type that the model does.
 
-    A product of two n×n matrices takes 2·n³ FLOPs. All workers measure at once, as they will work.
+    A product of two n×n matrices takes 2·n³ FLOPs; n is large enough for all threads to have a part of it, which at
+    1024 they do not. All workers measure at once, as they will work.
     """
     if run.train.peak_tflops is not None:
         return run.train.peak_tflops * 1e12
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 1536
     a = torch.randn(n, n, device=device).to(product_dtype(DTYPES[run.train.precision], device))
-    best = float("inf")
-    for _ in range(8):
+    seconds: list[float] = []
+    while len(seconds) < PRODUCTS or sum(seconds) < PRODUCTS_S:
         _synchronize(device)
         start = time.perf_counter()
         a @ a
         _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
 
 
 def _synchronize(device: torch.device) -> None:
