@@ -6,7 +6,9 @@ Like engine.py it knows DeepSpeed's internals.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero import stage_1_and_2
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
 from gpt2dist.train.fragment import sums_at_owners
@@ -23,8 +25,12 @@ ALIGNMENT = 32
 """Elements of which each rank's part is a multiple: what fills no vector the optimizer computes by other instructions,
 whose last bit may be another one."""
 
+IN_FLIGHT = 6
+"""Reductions that may wait for other ranks while backward goes on: a rank that is late for a moment stops nobody."""
 
-_copy_own = DeepSpeedZeroOptimizer.copy_grads_in_partition  # DeepSpeed's, however often it is replaced
+# DeepSpeed's, however often they are replaced.
+_copy_own = DeepSpeedZeroOptimizer.copy_grads_in_partition
+_end_backward = DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue
 
 
 def replace_parts(device: torch.device, world_size: int) -> None:
@@ -38,7 +44,9 @@ def replace_parts(device: torch.device, world_size: int) -> None:
     DeepSpeedZeroOptimizer.unscale_and_clip_grads = _scale_in_step
     if sums_at_owners(device.type, world_size):
         DeepSpeedZeroOptimizer.copy_grads_in_partition = _let_go
+        DeepSpeedZeroOptimizer._build_compact_grad_partition_buffer = _unset_sums
         DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks = _sum_at_owners
+        DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue = _finish_sums
         stage_1_and_2.all_gather_dp_groups = _gather
 
 
@@ -65,11 +73,57 @@ def _add(output: Tensor | None, gradient: Tensor) -> None:
             a.add_(b)
 
 
+def _unset_sums(zero: Any, group_idx: int) -> GradPartitionBufferGroup:
+    """Where this rank sums the gradients of its part, fp32. DeepSpeed's are zero; here the first ones are put there."""
+    size, rank = int(zero.partition_size[group_idx]), dist.get_rank(zero.real_dp_process_group[group_idx])
+    flat = torch.empty(size, dtype=torch.float32)
+    pieces, end = [], 0
+    for param in zero.params_in_partition[group_idx]:
+        key = zero.get_param_id(param)
+        place = int(zero.grad_partition_insertion_offset[group_idx][rank][key])
+        length = min(param.numel() - int(zero.grad_start_offset[group_idx][rank][key]), size - place)
+        if place > end:
+            pieces.append(_padding(flat[end:place]))
+        pieces.append(flat[place : place + length].view(param.shape if length == param.numel() else length))
+        end = place + length
+    if end < size:
+        pieces.append(_padding(flat[end:]))
+    return GradPartitionBufferGroup(pieces, flat)
+
+
+def _padding(x: Tensor) -> Tensor:
+    x._zero_padding = True  # type: ignore[attr-defined]
+    return x.zero_()
+
+
 def _let_go(zero: Any, param: Tensor, group_idx: int | None = None) -> None:
     """A gradient that was added to its fp32 sum is not needed any more; DeepSpeed keeps it to the end of backward."""
     _copy_own(zero, param, group_idx)
     if zero.partition_gradients and not zero.cpu_offload and zero._use_compact_grad_partition_buffer(group_idx):
         zero.clear_grad_attribute(param)
+
+
+@dataclass
+class _Sum:
+    """One reduction on its way."""
+
+    transfers: list[Any]
+    parts: list[tuple[Tensor, Sequence[Tensor]]]
+    """A fp32 sum of this rank's, and each rank's gradient for it."""
+    first: bool
+    """Whether they are the step's first ones: the sum is not set yet."""
+
+    def finish(self) -> None:
+        """Wait for what comes from other ranks, and add it, in order of rank."""
+        for transfer in self.transfers:
+            transfer.wait()
+        for total, (gradient, *others) in self.parts:
+            if self.first:
+                total.copy_(gradient)
+            else:
+                _add(total, gradient)
+            for other in others:
+                _add(total, other)
 
 
 def _sum_at_owners(
@@ -84,12 +138,19 @@ def _sum_at_owners(
 ) -> None:
     """Every rank gets its own slices of the gradients from all the others and sums them in fp32, in order of rank.
 
+    At stage 2 that may be later, up to the end of this backward pass.
+
     slices: 1-D, in the same order on all ranks; bucket_ranks: who owns each, one rank; output_bucket: where this
     rank sums the slices that it owns over the micro-batches, or None for the slice itself.
     """
     rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
     owners = [next(iter(ranks)) for ranks in bucket_ranks]
     own = [i for i, owner in enumerate(owners) if owner == rank]
+    itself = any(output_bucket[i] is None for i in own)
+    late = world > 1 and zero.partition_gradients and not zero.cpu_offload and not itself
+    sizes = [s.numel() for s in slices]
+    if late and sum(sizes) <= zero.reduce_bucket_size:  # they lie in the bucket, which is used again
+        slices = torch.split(torch.cat(list(slices)), sizes)
     received: list[Sequence[Tensor]] = []
     transfers = []
     for other in range(world):
@@ -99,19 +160,30 @@ def _sum_at_owners(
         if theirs := [s for s, owner in zip(slices, owners, strict=True) if owner == other]:
             sent = torch.cat(theirs) if len(theirs) > 1 else theirs[0]
             transfers.append(dist.P2POp(dist.isend, sent, group=process_group, group_peer=other))
-        flat = torch.empty(sum(slices[i].numel() for i in own), dtype=slices[0].dtype, device=slices[0].device)
+        flat = torch.empty(sum(sizes[i] for i in own), dtype=slices[0].dtype, device=slices[0].device)
         if own:
             transfers.append(dist.P2POp(dist.irecv, flat, group=process_group, group_peer=other))
-        received.append(torch.split(flat, [slices[i].numel() for i in own]))
-    for transfer in dist.batch_isend_irecv(transfers) if transfers else []:
-        transfer.wait()
-    for i, parts in zip(own, zip(*received, strict=True), strict=True):
-        output = output_bucket[i]
-        total = torch.zeros_like(slices[i], dtype=torch.float32) if output is None else output
-        for part in parts:
-            _add(total, part)
-        if output is None:
+        received.append(torch.split(flat, [sizes[i] for i in own]))
+    totals = [torch.empty(sizes[i]) if (output := output_bucket[i]) is None else output for i in own]
+    first = itself or not zero.partition_gradients or zero.micro_step_id == 0
+    started = dist.batch_isend_irecv(transfers) if transfers else []
+    in_flight: deque[_Sum] = zero.__dict__.setdefault("gpt2dist_in_flight", deque())
+    in_flight.append(_Sum(started, list(zip(totals, zip(*received, strict=True), strict=True)), first))
+    _finish(in_flight, IN_FLIGHT if late else 0)
+    if itself:
+        for i, total in zip(own, totals, strict=True):
             slices[i].copy_(total)
+
+
+def _finish(in_flight: deque[_Sum], left: int) -> None:
+    while len(in_flight) > left:
+        in_flight.popleft().finish()
+
+
+def _finish_sums(zero: Any) -> None:
+    """The end of a backward pass."""
+    _end_backward(zero)
+    _finish(zero.__dict__.get("gpt2dist_in_flight", deque()), 0)
 
 
 def _gather(partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any) -> None:
