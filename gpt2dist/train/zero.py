@@ -40,6 +40,7 @@ def replace_parts(device: torch.device, world_size: int) -> None:
     DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)  # 2 there
     DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(_add)
     DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
+    DeepSpeedZeroOptimizer.complete_grad_norm_calculation_for_cpu_offload = _norm_of_offloaded
     DeepSpeedZeroOptimizer.has_overflow_partitioned_grads_serial = _seen_by_norm
     DeepSpeedZeroOptimizer.unscale_and_clip_grads = _scale_in_step
     if sums_at_owners(device.type, world_size):
@@ -200,8 +201,17 @@ def _gather(partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_gro
 def _norm_of_own(zero: Any, gradients: list[Tensor], _params: Any, norm_type: float = 2) -> Tensor:
     """2-norm of the gradients of all ranks' parts; DeepSpeed makes a fp64 copy of each gradient first."""
     assert norm_type == 2
-    squares = [norm(g).square() for g in gradients if not getattr(g, "_zero_padding", False)]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=zero.device)
+    return _over_ranks(zero, [norm(g) for g in gradients if not getattr(g, "_zero_padding", False)])
+
+
+def _norm_of_offloaded(zero: Any, params: Iterable[Tensor]) -> Tensor:
+    """The same where gradients lie in the CPU's memory; DeepSpeed adds up the ranks' squares in fp32."""
+    return _over_ranks(zero, [zero.norm_for_param_grads[zero.get_param_id(p)].to(zero.device) for p in params])
+
+
+def _over_ranks(zero: Any, norms: Sequence[Tensor]) -> Tensor:
+    """2-norm of what has these 2-norms, fp64 scalars, on all ranks."""
+    total = torch.stack([*norms, torch.zeros((), dtype=torch.float64, device=zero.device)]).square().sum()
     dist.all_reduce(total, group=zero.dp_process_group)
     result = total.sqrt().float()
     return torch.where(result.isfinite(), result, -1.0)  # which DeepSpeed's has there
