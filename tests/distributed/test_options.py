@@ -24,9 +24,8 @@ OPTIONS: list[tuple[tuple[int, ...], dict[str, Any], float]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_options_change_no_loss(ranks: Ranks, precision: str) -> None:
     cases = [(stage, options, bar) for stage in (1, 2, 3) for stages, options, bar in OPTIONS if stage in stages]
     calls = []
