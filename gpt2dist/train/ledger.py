@@ -69,7 +69,8 @@ class Audit:
             verdict = f"NOT {verdict}"
         elif self.unverifiable:
             verdict = f"NOT proven: {self.unverifiable:,} other samples were of another data set or order"
-        counts = f"{self.samples:,} samples in {self.steps:,} steps and {self.attempts} attempts"
+        attempts = f"{self.attempts} attempt{'s' if self.attempts != 1 else ''}"
+        counts = f"{self.samples:,} samples in {self.steps:,} steps and {attempts}"
         return f"{counts}: {self.duplicates} duplicates, {self.gaps} gaps: {verdict}"
 
     def to_json(self) -> dict[str, int]:
