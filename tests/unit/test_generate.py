@@ -221,6 +221,7 @@ def test_with_a_document_mask_texts_go_on_as_they_were_trained(prompt: list[int]
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}])
 def test_tokens_equal_those_of_torchs_own_products(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     model = random_model()
+    monkeypatch.setattr(linear, "INTEL", False)
     fast = generated(model, prompts_of(3, 9), max_tokens=12, **options)
-    monkeypatch.setattr(linear, "FEW_ROWS", 0)
+    monkeypatch.setattr(linear, "INTEL", True)
     assert fast == generated(model, prompts_of(3, 9), max_tokens=12, **options)

@@ -120,7 +120,9 @@ def test_an_overflow_of_fp16_is_seen() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("out", [96, 97], ids=["in slices", "in one"])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (8, 1), (3, 5), (FEW_ROWS,), (FEW_ROWS + 1,)])
-def test_few_rows(rows: tuple[int, ...], out: int) -> None:
+@pytest.mark.parametrize("intel", [True, False])
+def test_few_rows(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...], out: int, intel: bool) -> None:
+    monkeypatch.setattr("gpt2dist.model.linear.INTEL", intel)
     torch.manual_seed(0)
     layer, x = Linear(IN, out), torch.randn(*rows, IN)
     got = layer(x)
