@@ -20,7 +20,7 @@ SLICES = 16
 """Of W, which the threads share then, but on Intel's CPUs."""
 
 INTEL = "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
-"""There torch's own product is 2 to 4 times as fast as that of slices, on AMD's a third: it is Intel's library."""
+"""Where torch's own product of few rows is faster: measured on a Xeon. On an EPYC it takes 2 to 4 times as long."""
 
 _UNITS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),

@@ -168,23 +168,27 @@ def _sum_at_owners(
     totals = [torch.empty(sizes[i]) if (output := output_bucket[i]) is None else output for i in own]
     first = itself or not zero.partition_gradients or zero.micro_step_id == 0
     started = dist.batch_isend_irecv(transfers) if transfers else []
-    in_flight: deque[_Sum] = zero.__dict__.setdefault("gpt2dist_in_flight", deque())
-    in_flight.append(_Sum(started, list(zip(totals, zip(*received, strict=True), strict=True)), first))
-    _finish(in_flight, IN_FLIGHT if late else 0)
+    _in_flight(zero).append(_Sum(started, list(zip(totals, zip(*received, strict=True), strict=True)), first))
+    _finish(zero, IN_FLIGHT if late else 0)
     if itself:
         for i, total in zip(own, totals, strict=True):
             slices[i].copy_(total)
 
 
-def _finish(in_flight: deque[_Sum], left: int) -> None:
-    while len(in_flight) > left:
-        in_flight.popleft().finish()
+def _in_flight(zero: Any) -> deque[_Sum]:
+    sums: deque[_Sum] = zero.__dict__.setdefault("gpt2dist_in_flight", deque())
+    return sums
+
+
+def _finish(zero: Any, left: int) -> None:
+    while len(_in_flight(zero)) > left:
+        _in_flight(zero).popleft().finish()
 
 
 def _finish_sums(zero: Any) -> None:
     """The end of a backward pass."""
     _end_backward(zero)
-    _finish(zero.__dict__.get("gpt2dist_in_flight", deque()), 0)
+    _finish(zero, 0)
 
 
 def _gather(partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any) -> None:
