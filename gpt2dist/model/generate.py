@@ -39,7 +39,7 @@ class Generation:
     """Continuations of a batch of prompts, token by token.
 
     Iterating runs the model; each item is one step's [(row, token), …] of the rows that are not done, without the
-    token that stops a row. Who reads may set `done[row]`. A row depends on its own prompt and seed alone (up to fp32
+    token that stops a row. Who reads may set `done[row]`. A row depends on its own prompt and seed alone (up to
     rounding, which the shape of the batch can change).
 
     The context is the last n_positions tokens. Until it is full a token costs one position; from then on all

@@ -50,9 +50,13 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x Wᵀ + b, as `F.linear`. x: [..., in]; weight: [out, in]; bias: [out]; result: [..., out]."""
     few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
-    if few and not INTEL and x.device.type == "cpu" and x.dtype == torch.float32:
-        return _of_few_rows(x, weight, bias)
-    if few or product_dtype(x.dtype, x.device) == x.dtype:  # for few rows, converting W takes longer than torch's loop
+    has_units = product_dtype(x.dtype, x.device) == x.dtype
+    if few and x.device.type == "cpu":
+        if x.dtype == torch.float32 and not INTEL:
+            return _of_few_rows(x, weight, bias)
+        if x.dtype == torch.bfloat16 and has_units:
+            return _of_few_bf16_rows(x, weight, bias)
+    if few or has_units:  # for few rows, converting W takes longer than torch's loop
         return F.linear(x, weight, bias)
     out: Tensor = _InFp32.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
@@ -66,6 +70,15 @@ def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     slices = weight.view(math.gcd(len(weight), SLICES), -1, weight.shape[1])
     columns = x.flatten(0, -2).t().expand(len(slices), -1, -1)
     return torch.add(torch.bmm(slices, columns).flatten(0, 1).t(), bias).reshape(*x.shape[:-1], -1).contiguous()
+
+
+def _of_few_bf16_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(W xᵀ)ᵀ + b, rounded before the bias too. For x Wᵀ, oneDNN lays out all of W anew in every call."""
+    rows = x.flatten(0, -2)
+    if len(rows) == 1:
+        return torch.addmv(bias, weight, rows[0]).view(*x.shape[:-1], -1)
+    out = x.new_empty(len(rows), len(weight))
+    return torch.add(torch.mm(weight, rows.t()).t(), bias, out=out).view(*x.shape[:-1], -1)
 
 
 class _InFp32(torch.autograd.Function):

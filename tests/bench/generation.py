@@ -39,11 +39,12 @@ def seconds_of_transformers(twin: Any, prompts: list[list[int]]) -> float:
     return time.perf_counter() - start
 
 
-def ratios(batch: int) -> list[float]:
-    """Of PAIRS pairs, after one that warms up."""
+def ratios(batch: int, dtype: torch.dtype) -> list[float]:
+    """Of PAIRS pairs, after one that warms up; both sides have weights of that dtype."""
     torch.set_num_threads(THREADS)
     model = build(CONFIG, 0).eval()
-    twin = transformers_twin(model)
+    twin = transformers_twin(model).to(dtype)
+    model = model.to(dtype)
     prompts = torch.randint(0, 50257, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
     return interleaved(
         lambda: seconds_of_transformers(twin, prompts), lambda: seconds_of_ours(model, prompts), pairs=PAIRS
@@ -51,6 +52,8 @@ def ratios(batch: int) -> list[float]:
 
 
 def speed() -> Iterator[Row]:
-    """One prompt at a time, and eight."""
-    for batch in (1, 8):
-        yield Row(f"generation / transformers generate, batch {batch}", ratios(batch), 1.5, "tokens/s ratio")
+    """One prompt at a time, and eight, with `--precision fp32` and bf16."""
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for batch in (1, 8):
+            name = f"generation / transformers generate, {precision}, batch {batch}"
+            yield Row(name, ratios(batch, dtype), 1.5, "tokens/s ratio")

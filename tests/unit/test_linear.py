@@ -132,6 +132,21 @@ def test_few_rows(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...], out: i
     assert error(got, expected) < 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (8, 1), (3, 5), (FEW_ROWS,), (FEW_ROWS + 1,)])
+def test_few_bf16_rows(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...]) -> None:
+    """On a CPU with units for bf16: rounded at most twice, with the bias and before it."""
+    monkeypatch.setattr(linear, "WITHOUT_UNITS", frozenset())
+    layer, x = operands(torch.bfloat16, *rows)
+    layer.bias.normal_()
+    got = layer(x)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert got.dtype == torch.bfloat16
+    assert got.shape == expected.shape
+    assert got.is_contiguous()
+    assert error(got, expected) <= torch.finfo(torch.bfloat16).eps
+
+
 def test_other_types_go_to_torch(without_units: None) -> None:
     layer, x = operands(torch.float32, 2, 30)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
