@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,17 @@ def _table(fields: Any) -> list[str]:
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in fields:
         default = "required" if field.default is PydanticUndefined else f"`{_toml(field.default)}`"
-        rows.append(f"| `{name}` | {default if default != '`unset`' else 'unset'} | {field.description} |")
+        meaning = " ".join(field.description.split()).replace("|", "\\|")
+        rows.append(f"| `{name}` | {default if default != '`unset`' else 'unset'} | {meaning} |")
     return rows
 
 
 def _toml(value: Any) -> str:
     if value is None:
         return "unset"
-    if isinstance(value, tuple):
-        return str(list(value))
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    if isinstance(value, (bool, str)):
+        return json.dumps(value)
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,12 @@ import difflib
 import json
 import math
 import re
-import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 class UserError(Exception):
@@ -28,9 +23,11 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, strict types, no unknown keys."""
+    """Base of all sections: immutable, strict types, finite numbers, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -177,7 +174,8 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
     bucket_mb: float = Field(default=100.0, ge=0.1)
-    """Gradients, and at stage 3 weights, travel in pieces of so many MB of fp32; not among 1 to 4 CPU workers at 2."""
+    """Gradients, and at stage 3 weights, travel in pieces of so many MB of fp32; not used at stage 2
+    with up to 4 CPU workers."""
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on; takes a second bucket."""
     offload_optimizer: bool = False
@@ -309,11 +307,12 @@ class CheckpointSection(Section):
             return {**table, "every_minutes": 0.0}
         return table
 
-    @field_validator("every_minutes")
+    @field_validator("every_minutes", mode="before")
     @classmethod
-    def _not_negative(cls, minutes: float | str) -> float | str:
-        if isinstance(minutes, float) and not 0 <= minutes < math.inf:
-            raise ValueError("0 or more minutes, or auto")
+    def _minutes_or_auto(cls, minutes: Any) -> Any:
+        number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 <= minutes < math.inf
+        if not number and minutes != "auto":
+            raise ValueError(f"0 or more minutes, or auto, got {json.dumps(minutes, default=str)}")
         return minutes
 
 

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -91,7 +91,7 @@ class Aws(Cloud):
 
     def _deadline(self, text: Any) -> float:
         try:
-            return datetime.fromisoformat(str(text).replace("Z", "+00:00")).astimezone(timezone.utc).timestamp()
+            return datetime.fromisoformat(str(text).replace("Z", "+00:00")).astimezone(UTC).timestamp()
         except ValueError:
             log.info("the notice has no time that can be read (%r): two minutes from now are taken", text)
             return time.time() + self.NOTICE_SECONDS
@@ -255,7 +255,7 @@ class Drainer:
         request = json.dumps({**self._where, "message": notice.what, "deadline": notice.deadline})
         try:
             answer = await asyncio.wait_for(process.communicate(f"{request}\n".encode()), DRAIN_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             process.kill()
             await process.wait()
             log.info("not drained: no answer from Ray in %.0f s; trying again", DRAIN_SECONDS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import click
@@ -57,6 +58,16 @@ def read_config(run_dir: str, overrides: tuple[str, ...] = ()) -> RunConfig:
         return parse_toml(rundir.config_text(run_dir), config, overrides)
     except FileNotFoundError:
         raise UserError(f"{config}: no such file") from None
+
+
+@contextlib.contextmanager
+def keys_of(run_file: str) -> Iterator[None]:
+    """Mistakes that begin with a key name the file too."""
+    try:
+        yield
+    except UserError as e:
+        section = str(e).partition(".")[0]
+        raise UserError(f"{run_file}: {e}" if section in RunConfig.model_fields else str(e)) from None
 
 
 def check_in_a_job(run: RunConfig, run_file: str) -> None:

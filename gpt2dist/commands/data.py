@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from gpt2dist.commands.common import address_option, check_in_a_job, command, json_option, set_option
+from gpt2dist.commands.common import address_option, check_in_a_job, command, json_option, keys_of, set_option
 from gpt2dist.config import UserError, load_run
 from gpt2dist.report.console import make_console
 
@@ -36,7 +36,8 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     from gpt2dist.report.preparing import PrepareView
     from gpt2dist.storage import acquire_lock, check_writable, log_directory
 
-    manifest = is_up_to_date(run)
+    with keys_of(run_file):
+        manifest = is_up_to_date(run)
     up_to_date = manifest is not None
     if manifest is None:
         check_writable(run.prepare.output)
@@ -45,7 +46,8 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
         cpus = run.prepare.cpus or os.cpu_count() or 1
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
-            with PrepareView(console) as view, ray_session(cpus, 0, address):
+            console.print(f"data set {run.prepare.output}, log {log}")
+            with keys_of(run_file), PrepareView(console) as view, ray_session(cpus, 0, address):
                 manifest = run_prepare(run, view.update)
         if lock:
             lock.release()

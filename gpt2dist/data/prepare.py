@@ -203,7 +203,7 @@ def _deaths_counted(path: UPath, pieces: list[Piece]) -> Iterator[None]:
         remove(path)
         first, last = (sources.without_secrets(piece.path) for piece in (pieces[0], pieces[-1]))
         what = f"{first} (byte {pieces[0].start:,}) to {last} (byte {pieces[-1].stop:,})"
-        raise UserError(f"{what}: the process that read this died {died} times; out of memory? See prepare.log")
+        raise UserError(f"{what}: the process that read this died {died} times; out of memory? The log says more")
     publish(path, b"x" * (died + 1))
     try:
         yield

@@ -121,7 +121,9 @@ def read_manifest(location: str) -> Manifest:
     try:
         text = storage.read_bytes(path)
     except FileNotFoundError:
-        raise UserError(f"{location}: not a prepared data set (no {MANIFEST}); run: gpt2dist prepare") from None
+        raise UserError(
+            f"{location}: not a prepared data set (no {MANIFEST}); gpt2dist prepare RUN.toml makes one"
+        ) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     try:

@@ -66,7 +66,8 @@ def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda 
     try:
         data = Mixture.open(run)
     except UserError as e:
-        raise UserError(f"{source}: {e}") from None
+        key = "data.path" if run.data.path or not run.data_paths else "prepare.output"
+        raise UserError(f"{source}: {key}: {str(e).removeprefix(f'{key}: ')}") from None
     train = MixedSplit(data, "train", run.data.seq_len)
     val = MixedSplit(data, "val", run.data.seq_len)
     train.check_sizes()

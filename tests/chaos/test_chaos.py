@@ -48,6 +48,7 @@ def test_faults_change_nothing(
     assert Path(verdict["picture"]).stat().st_size > 10_000
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_a_dozen_kills(tmp_path: Path) -> None:
     """tests/chaos/soak.py does more of it."""

@@ -60,6 +60,7 @@ def undisturbed(run: RunConfig, ranks: Callable[..., list[Any]], world_size: int
     return logged(other)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(420)
 def test_drained_node_costs_no_step(
     ranks: Callable[..., list[Any]],
@@ -149,6 +150,7 @@ def test_group_grows_with_the_cluster_and_shrinks_when_a_node_dies(
     assert_audit(gpt2dist, run, steps_done(run))
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_stopped_worker_is_found_out(
     ranks: Callable[..., list[Any]], make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path

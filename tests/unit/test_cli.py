@@ -62,7 +62,7 @@ def test_missing_or_bad_sources(run_file: str, tmp_path: Path) -> None:
         return cli("prepare", run_file, "--set", f"prepare.sources={sources}")
 
     (tmp_path / "x.pdf").write_text("x")
-    assert_one_line(prepare('["none/*.txt"]'), "prepare.sources: none/*.txt: no such file")
+    assert_one_line(prepare('["none/*.txt"]'), f"{run_file}: prepare.sources: none/*.txt: no such file")
     assert_one_line(prepare("[]"), "prepare.sources: empty")
     assert_one_line(prepare('["builtin:x"]'), "prepare.sources: builtin:x: unknown; did you mean builtin:stdlib?")
     assert_one_line(prepare('["x.pdf"]'), "x.pdf: unknown kind of file")
@@ -71,7 +71,8 @@ def test_missing_or_bad_sources(run_file: str, tmp_path: Path) -> None:
 
 def test_missing_data_set(run_file: str) -> None:
     result = cli("train", run_file, "--set", "data.path=nowhere")
-    assert_one_line(result, "nowhere: not a prepared data set (no manifest.json); run: gpt2dist prepare")
+    advice = "not a prepared data set (no manifest.json); gpt2dist prepare RUN.toml makes one"
+    assert_one_line(result, f"{run_file}: data.path: nowhere: {advice}")
 
 
 def test_data_set_shorter_than_a_global_batch(run_file: str, make_data: Callable[..., str]) -> None:
