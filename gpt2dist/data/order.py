@@ -156,6 +156,10 @@ class _SourceOrder:
         # First sample of each shard: a sample belongs to the shard in which it starts.
         first = -(-tokens.starts // run.data.seq_len)
         self._first = np.minimum(first, self.num_samples).astype(np.int64)
+        # Caches of this data set's own: one for all would not hold what many of them need by turns.
+        self._shard_order = lru_cache(4)(self._compute_shard_order)
+        self._window_bounds = lru_cache(4)(self._compute_window_bounds)
+        self._window_samples = lru_cache(4)(self._compute_window_samples)
 
     def samples(self, start: int, stop: int) -> Ids:
         """Samples [start, stop) of those that the run consumes of this data set: int64 [stop - start]."""
@@ -170,20 +174,17 @@ class _SourceOrder:
             start += end - offset
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
-    @lru_cache(maxsize=4)  # noqa: B019
-    def _shard_order(self, epoch: int) -> Ids:
+    def _compute_shard_order(self, epoch: int) -> Ids:
         return permutation(len(self._first) - 1, "shards", *self.key, epoch)
 
-    @lru_cache(maxsize=4)  # noqa: B019
-    def _window_bounds(self, epoch: int) -> Ids:
+    def _compute_window_bounds(self, epoch: int) -> Ids:
         """Position in the epoch at which each window starts, and N at the end."""
         order = self._shard_order(epoch)
         sizes = (self._first[1:] - self._first[:-1])[order]
         per_window = np.add.reduceat(sizes, np.arange(0, len(sizes), self.window))
         return np.cumsum([0, *per_window], dtype=np.int64)
 
-    @lru_cache(maxsize=4)  # noqa: B019
-    def _window_samples(self, epoch: int, window: int) -> Ids:
+    def _compute_window_samples(self, epoch: int, window: int) -> Ids:
         shards = self._shard_order(epoch)[window * self.window : (window + 1) * self.window]
         ids = np.concatenate([np.arange(self._first[s], self._first[s + 1]) for s in shards])
         return ids[permutation(len(ids), "samples", *self.key, epoch, window)]
@@ -204,7 +205,9 @@ def eval_ids(run: RunConfig, data: Mixture) -> Ids:
     count = min(run.eval.batches, split.num_samples // micro)
     if len(split.parts) == 1:
         return permutation(split.num_samples, "eval")[: count * micro].reshape(count, micro)
-    component = mixture_pattern(np.array([c.share for c in data.components]), 0, 0)
+    shares = np.array([c.share for c in data.components])
+    rounds = range(-(-max(count, 1) * micro // SHARES))
+    component = np.concatenate([mixture_pattern(shares, 0, r) for r in rounds])
     while np.any(np.bincount(component[: count * micro], minlength=len(split.parts)) > split.sizes):
         count -= 1
     component = component[: count * micro]

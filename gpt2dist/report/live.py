@@ -154,6 +154,8 @@ def describe(event: dict[str, Any]) -> str | None:
         return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; {where}"
     if kind == "save_failed":
         return f"step {event['step']} could not be saved ({event['reason']}); trying again later"
+    if kind == "not_deleted":
+        return f"step {event['step']} is saved, but older checkpoints could not be deleted: {event['reason']}"
     if kind == "eval":
         return f"validation loss before training: {event['val_loss']:.4f}"
     return None

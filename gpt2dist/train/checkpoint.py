@@ -117,9 +117,10 @@ def commit(directory: UPath, index: Index) -> None:
         raise UserError(f"{directory / INDEX}: {pieces} are too many; a lower train.zero_stage makes fewer")
     publish(directory / INDEX, data)
     listed = {INDEX, *(f.file for f in index.files)}
-    for path in children(directory):  # of an attempt that died while saving, or of a damaged checkpoint
-        if path.name not in listed:
-            remove(path)
+    with contextlib.suppress(OSError, StorageError):  # published is published
+        for path in children(directory):  # of an attempt that died while saving, or of a damaged checkpoint
+            if path.name not in listed:
+                remove(path)
 
 
 def clear(run_dir: str, step: int) -> list[int]:
@@ -137,10 +138,15 @@ def remove_after(run_dir: str, step: int, attempt: int) -> list[int]:
     """Delete checkpoints of later steps that this attempt or an earlier one saved; returns their steps."""
     gone = []
     for found in committed(run_dir):
-        if isinstance(found, Checkpoint) and found.index.step > step and found.index.attempt <= attempt:
+        if isinstance(found, Checkpoint) and _is_left(found, step, attempt):
             _remove_checkpoint(found.path)
             gone.append(found.index.step)
     return gone
+
+
+def _is_left(checkpoint: Checkpoint, step: int, attempt: int) -> bool:
+    """Whether it was saved after `step`, which `attempt` went back to."""
+    return checkpoint.index.step > step and checkpoint.index.attempt <= attempt
 
 
 def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
@@ -214,10 +220,13 @@ def newest(run_dir: str) -> Checkpoint | None:
         StorageError: they are away.
     """
     problem: BadCheckpoint | None = None
+    left = rundir.rewinds(rundir.events_log(run_dir).read())
     for found in committed(run_dir):
         if isinstance(found, BadCheckpoint):
             problem = problem or found
             continue
+        if any(_is_left(found, rewind["steps"][0], rewind["attempt"]) for rewind in left):
+            continue  # to be deleted by the next attempt
         try:
             check_sizes(found)
         except BadCheckpoint as e:

@@ -22,6 +22,11 @@ class Divergence:
         self._good = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
         self._bad = 0
 
+    @property
+    def suspicious(self) -> bool:
+        """Whether the newest step was bad: its state may have to be left."""
+        return self._bad > 0
+
     def add(self, loss: float, applied: bool) -> bool:
         """Take in a step; `applied`: its gradients were finite. True: this is the last of `in_a_row` bad steps."""
         if applied and math.isfinite(loss) and not self._jumped(loss):

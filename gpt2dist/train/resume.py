@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel
 
 from gpt2dist.config import RunConfig
+from gpt2dist.data.order import positions
 from gpt2dist.model.gpt2 import PRESETS
 
 Effect = Literal["safe", "order", "incompatible"]
@@ -158,8 +159,9 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
 def _skipped_before(before: list[list[int]], now: list[list[int]], position: int) -> str:
     """What is wrong with leaving out other samples than before; empty: all of them are still to come."""
     old, new = ({(first, end) for first, end in ranges} for ranges in (before, now))
+    reached = max((end for _, end in positions(0, position, sorted(old))), default=0)
     for first, _ in sorted(old ^ new):
-        if first < position + sum(end - first for first, end in old):
+        if first < reached:
             done = "trained on" if new - old else "left out"
             return f"the samples from position {first} on were {done} already"
     return ""

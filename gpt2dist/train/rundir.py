@@ -62,8 +62,13 @@ def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
     """The run with what its rewinds have left out in `data.skip`, beside what the run file leaves out."""
     found = {(first, end) for event in rewinds(events) for first, end in event["positions"]}
-    data = run.data.model_copy(update={"skip": sorted({*run.data.skip, *found})})
-    return run.model_copy(update={"data": data})
+    skip: list[tuple[int, int]] = []
+    for first, end in sorted({*run.data.skip, *found}):
+        if skip and first < skip[-1][1]:  # the run file leaves out more around it
+            skip[-1] = (skip[-1][0], max(skip[-1][1], end))
+        else:
+            skip.append((first, end))
+    return run.model_copy(update={"data": run.data.model_copy(update={"skip": skip})})
 
 
 def saved_step(run_dir: str) -> int:

@@ -48,7 +48,7 @@ class Snapshot:
             self._data[end : end + saved.length].copy_(f.tensor.detach(), non_blocking=True)
             end += saved.length
         if source and source[0].tensor.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(source[0].tensor.device)  # of this thread the current one is always the first
 
     def write(self, directory: UPath) -> SavedFile:
         """Write the file, in pieces; returns its size and hashes."""

@@ -342,7 +342,9 @@ class Trainer:
             return
         start = time.perf_counter()
         self._note(self.saver.advance(wishes.busy, wishes.failed))
-        if wishes.save and not self.saver.busy and self.saved_step != self.step:
+        # A rewind would delete what is saved after a bad step, and retention meanwhile the one to go back to.
+        wanted = wishes.save and not self.divergence.suspicious
+        if wanted and not self.saver.busy and self.saved_step != self.step:
             self._begin_save()
             if not self.run.checkpoint.background:
                 self._note(self.saver.finish(self._alive))
@@ -401,7 +403,10 @@ class Trainer:
         self.metrics.sync()
         index = index.model_copy(update={"files": written.files, "fragments": written.fragments})
         checkpoint.commit(written.directory, index)
-        checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
+        try:
+            checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
+        except (OSError, StorageError) as e:  # it is saved all the same
+            self._event("not_deleted", step=index.step, reason=str(e))
 
     def _open_attempt(self) -> None:
         """Drop what earlier attempts left but did not commit, and log the start of this one."""
@@ -457,7 +462,8 @@ class Trainer:
             if len(self.skipped) >= train.max_skipped:
                 self._give_up()
             return False
-        if not self.divergence.add(metrics["loss"], "skipped" not in metrics):
+        bad = self.step - 1 in self.skipped  # not where only fp16's loss scale was too large
+        if not self.divergence.add(metrics["loss"], applied=not bad):
             return False
         self.saver.finish(self._alive)
         first = self.step - train.rewind_after

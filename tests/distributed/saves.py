@@ -62,6 +62,16 @@ def slow_disk(trainer: Trainer, step: int) -> None:
     writing, snapshot.writing = snapshot.writing, slow
 
 
+def old_ones_cannot_be_deleted(trainer: Trainer, step: int) -> None:
+    """From the first save on."""
+    if trainer.rank == 0 and step == 0:
+
+        def fails(*_: Any) -> list[int]:
+            raise PermissionError("not permitted")
+
+        checkpoint.prune = fails
+
+
 def none(trainer: Trainer, step: int) -> None:
     """Nothing happens."""
 
@@ -74,7 +84,7 @@ def train_all(calls: list[tuple[RunConfig, Fault]]) -> list[dict[str, Any]]:
 
 def train(run: RunConfig, fault: Fault = none) -> dict[str, Any]:
     """{"start", "end"} of one run; `end` is the message where it could not go on."""
-    writing = snapshot.writing
+    writing, prune = snapshot.writing, checkpoint.prune
     engine = Engine(run, torch.device("cpu"))
     trainer = Trainer(run, engine)
     try:
@@ -89,7 +99,7 @@ def train(run: RunConfig, fault: Fault = none) -> dict[str, Any]:
             return {"start": start, "end": str(e)}
     finally:
         _limit(resource.RLIM_INFINITY)
-        snapshot.writing = writing
+        snapshot.writing, checkpoint.prune = writing, prune
         trainer.close()
         engine.close()
 

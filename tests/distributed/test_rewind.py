@@ -22,14 +22,22 @@ Ranks = Callable[..., list[Any]]
 
 
 @pytest.mark.timeout(180)
-def test_bad_samples_are_left_out_and_named(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
-    """The run that went back equals one that left the samples out from the start, bit for bit."""
+@pytest.mark.parametrize("keep", [2, 1])
+def test_bad_samples_are_left_out_and_named(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, keep: int
+) -> None:
+    """The run that went back equals one that left the samples out from the start, bit for bit.
+
+    With keep = 1 a checkpoint of step 6, after the first bad step, would have taken the place of step 4's.
+    """
     changes = {"data__path": make_data([3000, 900]), "train__rewind": True, "checkpoint__every_steps": 2}
+    changes["checkpoint__keep"] = keep
     changes["batch__warmup_steps"] = 9  # M = 1 1 1 2 2 2 3 3 3 4 4 4
     run = tiny_run(storage=str(tmp_path), **changes)
     bad = SampleOrder(run, Mixture.open(run)).samples(14, 30).tolist()
     (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, bad)
     assert ends == ["rewound", "finished"]
+    assert [e["step"] for e in rundir.events_log(run.run_dir).read() if e["event"] == "start"] == [0, 4]
     (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "rewind"]
     assert (event["steps"], event["positions"], event["samples"]) == ([5, 8], [[14, 30]], bad)
     assert {Path(d["shard"]).name for d in event["documents"]} <= {"train-00000.npy", "train-00001.npy"}
@@ -46,6 +54,17 @@ def test_bad_samples_are_left_out_and_named(ranks: Ranks, make_data: Callable[..
     assert audit.clean
     with pytest.raises(UserError, match=r"data\.skip: .*: the samples from position 8 on were trained on already"):
         preflight(tiny_run(storage=str(tmp_path), data__skip=[[8, 16]], **changes), "run.toml")
+
+
+@pytest.mark.timeout(180)
+def test_too_large_a_loss_scale_is_no_divergence(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """It is lowered by more steps in a row than make a divergence."""
+    changes = {"train__rewind": True, "train__precision": "fp16", "train__initial_loss_scale": 2**28}
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), train__steps=24, **changes)
+    assert ranks(jobs.train_with_bad_samples, 2, run, [])[0] == ["finished"]
+    skipped = [line["step"] for line in rundir.metrics_log(run.run_dir).read() if "skipped" in line]
+    assert skipped == list(range(len(skipped)))
+    assert len(skipped) > run.train.rewind_after
 
 
 @pytest.mark.timeout(180)

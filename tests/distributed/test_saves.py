@@ -59,13 +59,15 @@ def test_a_storage_that_fails_changes_no_loss(ranks: Ranks, make_data: Callable[
     kept = run("kept", checkpoint__every_steps=2, checkpoint__keep=1, checkpoint__keep_every=4)
     calls = [(blocking, saves.none), (one, saves.rank_1_cannot_write), (index, saves.index_cannot_be_written)]
     calls += [(slow, saves.slow_disk), (late, saves.rank_1_never_writes_again), (kept, saves.none)]
+    full = run("full", checkpoint__every_steps=2, checkpoint__keep=1)
+    calls += [(full, saves.old_ones_cannot_be_deleted)]
     results = ranks(saves.train_all, 2, calls)
     assert results[0] == results[1]
     reference = saved(blocking)
     assert list(reference) == list(range(12, 0, -1))
-    for other in (one, index, slow, late, kept):
+    for other in (one, index, slow, late, kept, full):
         assert logged(other) == logged(blocking), other.name
-    ends = dict(zip(("blocking", "one", "index", "slow", "late", "kept"), results[0], strict=True))
+    ends = dict(zip(("blocking", "one", "index", "slow", "late", "kept", "full"), results[0], strict=True))
 
     # A rank that cannot write: nothing is committed, and it is tried again.
     assert ends["one"] == {"start": 0, "end": "finished"}
@@ -103,6 +105,14 @@ def test_a_storage_that_fails_changes_no_loss(ranks: Ranks, make_data: Callable[
     newest = saved(late)[12]
     assert hashes(newest) == hashes(reference[12])
     assert [f.file for f in newest.index.files] == ["rank-00000.2.safetensors", "rank-00001.2.safetensors"]
+
+    # What is saved stays saved, whether or not older ones can be deleted.
+    assert ends["full"]["end"] == "finished"
+    assert events(full, "save_failed") == []
+    assert list(saved(full)) == [e["step"] for e in reversed(events(full, "not_deleted"))]
+    assert events(full, "not_deleted")[-1]["reason"] == "not permitted"
+    for found in saved(full).values():
+        checkpoint.verify(found)
 
     # Retention.
     assert list(saved(kept)) == [12, 8, 4]

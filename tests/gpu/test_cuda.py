@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2dist.model import gpt2
 from gpt2dist.train import rundir
+from gpt2dist.train.fragment import Fragment
+from gpt2dist.train.snapshot import Snapshot
 from tests.conftest import tiny_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -60,3 +63,17 @@ def test_attention_can_use_the_flash_kernel(dtype: torch.dtype) -> None:
         loss = model(tokens)
         loss.backward()
     assert torch.isfinite(loss)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_snapshot_waits_for_its_own_device() -> None:
+    """Taken by a thread whose current device is the first, as the saver's is."""
+    ones = torch.ones(100_000_000, device="cuda:1")
+    snapshot = Snapshot(1, 1)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(snapshot.take, [Fragment("w", "weight", 0, ones)]).result()
+        for value in range(2, 6):
+            ones.fill_(value)
+            torch.cuda.synchronize("cuda:1")
+            thread.submit(snapshot.take, [Fragment("w", "weight", 0, ones)]).result()
+            assert bool((snapshot._data == value).all())

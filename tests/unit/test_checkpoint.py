@@ -228,6 +228,17 @@ def test_an_index_that_is_gone_is_missed(tmp_path: Path) -> None:
     assert checkpoint.steps(str(tmp_path)) == [4]
 
 
+def test_what_a_rewind_left_behind_is_not_the_newest(tmp_path: Path) -> None:
+    """The driver may die before the next attempt deletes it."""
+    for step in (4, 6):
+        save(tmp_path, step)
+    rundir.events_log(str(tmp_path)).append({"event": "rewind", "steps": [5, 8], "positions": [], "attempt": 1})
+    found = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert found.index.step == 4
+    assert checkpoint.remove_after(str(tmp_path), 5, 1) == [6]
+
+
 @pytest.mark.parametrize(
     ("lost", "message"),
     [("checkpoints", "checkpoints: not there, though step 4 was saved"), ("", "not there any more")],

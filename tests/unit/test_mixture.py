@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.blocks import local_blocks, split_blocks
 from gpt2dist.data.mixture import SHARES, Component, MixedSplit, Mixture, _shares
-from gpt2dist.data.order import PADDING, SampleOrder, eval_ids
+from gpt2dist.data.order import PADDING, SampleOrder, eval_ids, permutation
 from gpt2dist.data.shards import Manifest, Shard
 from gpt2dist.train.launch import preflight
 from tests.conftest import tiny_run
@@ -109,6 +109,36 @@ def test_evaluation_reads_every_data_set_and_no_sample_twice(mixed: RunConfig) -
     share = np.bincount(np.searchsorted(split.offsets, ids, side="right") - 1, minlength=3) / 80
     weight = np.array([c.share for c in data.components]) / SHARES
     assert abs(share - weight).max() < 0.15
+
+
+@pytest.mark.parametrize(("batches", "micro"), [(1500, 12), (3000, 8)])
+def test_an_evaluation_may_be_longer_than_a_round_of_the_mixture(batches: int, micro: int) -> None:
+    assert batches * micro > SHARES
+    shards = [Shard(file=f"v{i}.npy", tokens=16 * 20_000 + 1, documents=1, bytes=1, sha256="0" * 64) for i in range(2)]
+    manifests = [Manifest(request={"i": i}, documents={}, splits={"val": [s]}) for i, s in enumerate(shards)]
+    shares = _shares([1.0, 3.0])
+    data = Mixture([Component(str(i), m, n) for i, (m, n) in enumerate(zip(manifests, shares, strict=True))])
+    run = tiny_run(eval__batches=batches, batch__micro_sequences=micro)
+    ids = eval_ids(run, data)
+    assert ids.shape == (batches, micro)
+    assert len(np.unique(ids)) == ids.size
+    first = eval_ids(tiny_run(eval__batches=100, batch__micro_sequences=micro), data)
+    assert np.array_equal(ids[:100], first)
+
+
+def test_many_data_sets_are_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not anew in every step because the others were needed meanwhile."""
+    order, calls = order_of([5000] * 7, [1.0] * 7), 0
+
+    def counted(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        return permutation(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gpt2dist.data.order.permutation", counted)
+    for step in range(50):
+        order.step(step)
+    assert calls <= 1 + 2 * 7  # the mixture; shards and samples of each
 
 
 def test_run_file_round_trips_and_resume_needs_the_same_mixture(mixed: RunConfig, tmp_path: Path) -> None:

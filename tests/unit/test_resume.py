@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gpt2dist.config import RunConfig
+from gpt2dist.train import rundir
 from gpt2dist.train.resume import EFFECTS, TABLE, WORDS, Change, changes, keys, order_id, refusal
 from tests.conftest import tiny_run
 
@@ -127,9 +128,25 @@ def test_samples_may_be_left_out_that_are_still_to_come() -> None:
         return change
 
     assert of([[8, 16], [48, 56]]).effect == "safe"
+    far = tiny_run(data__skip=[[8, 16], [1000, 2000]]).model_dump(mode="json")  # what is not reached yet moves nothing
+    (change,) = changes(far, tiny_run(data__skip=[[8, 16], [48, 56], [1000, 2000]]), 40, "a", "a")
+    assert change.effect == "safe"
     trained, left_out = of([[8, 16], [40, 56]]), of([])
     assert refusal([trained], allow_changed=True).startswith(
         "data.skip: [[8, 16]] → [[8, 16], [40, 56]]: the samples from "
     )
     assert trained.reason == "the samples from position 40 on were trained on already"
     assert left_out.reason == "the samples from position 8 on were left out already"
+
+
+def test_what_a_rewind_left_out_may_be_left_out_with_more_around_it() -> None:
+    rewind = {"event": "rewind", "steps": [5, 7], "positions": [[20, 30], [30, 36]], "attempt": 1}
+    for skip, expected in (
+        ([], [(20, 30), (30, 36)]),
+        ([[10, 40]], [(10, 40)]),
+        ([[0, 8], [25, 31]], [(0, 8), (20, 36)]),
+        ([[30, 36]], [(20, 30), (30, 36)]),
+    ):
+        run = rundir.with_rewinds(tiny_run(data__skip=skip), [rewind])
+        assert run.data.skip == expected
+        assert RunConfig.model_validate_json(run.model_dump_json()) == run
