@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gpt2dist.urls import without_secrets
+
 
 class UserError(Exception):
     """A mistake of the user's: printed as one line, exit code 2."""
@@ -439,6 +441,11 @@ class RunConfig(Section):
         model = self.model.model_copy(update={"init_from": _absolute(init) if Path(init).is_dir() else init})
         places = {"storage": _absolute(self.storage), "prepare": prepare, "data": data, "model": model}
         return self.model_copy(update=places)
+
+    def for_record(self) -> RunConfig:
+        """The same run as it may be written down and shown: its sources without passwords and signatures."""
+        sources = [without_secrets(source) for source in self.prepare.sources]
+        return self.model_copy(update={"prepare": self.prepare.model_copy(update={"sources": sources})})
 
     @property
     def global_batch(self) -> int:

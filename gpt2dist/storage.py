@@ -24,8 +24,11 @@ from fsspec.core import url_to_fs
 from upath import UPath
 
 from gpt2dist.config import UserError
+from gpt2dist.urls import is_http
 
 UPLOAD_BYTES = 32 << 20
+SILENCE_S = 60.0
+"""Of an HTTP server that sends nothing: then it counts as gone."""
 """Of a file that is written in pieces to an object store: a request each."""
 
 logger = logging.getLogger(__name__)
@@ -44,12 +47,18 @@ def location(text: str) -> UPath:
     """The path of a location. Every location is opened here: what other processes wrote must be seen.
 
     Raises:
-        UserError: there are credentials in it.
+        UserError: there are credentials in it, or nothing opens locations of its kind.
     """
     if "://" in text and "@" in urlsplit(text).netloc:
         shown = text.replace(urlsplit(text).netloc.rpartition("@")[0] + "@", "")
         raise UserError(f"{shown}: give credentials by environment variables, not in the location")
-    return UPath(text, **_options(text))
+    try:
+        path = UPath(text, **_options(text))
+        if not is_local(path):
+            _ = path.fs  # imports its package
+    except (ImportError, ValueError) as e:
+        raise UserError(f"{text}: cannot be opened: {e}") from None
+    return path
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -70,6 +79,11 @@ def log_directory(text: str) -> Path:
 
 
 def _options(url: str) -> dict[str, Any]:
+    if is_http(url):
+        import aiohttp
+
+        # aiohttp's own 300 s hold for a whole file; here, between two pieces that the server sends.
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}}
     if not url.startswith(("s3://", "s3a://")):
         return {}
     from gpt2dist import s3  # only where it is used: its libraries are large

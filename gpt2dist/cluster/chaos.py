@@ -335,7 +335,7 @@ def prepared(run: RunConfig, suffix: str) -> RunConfig:
     """The run under a name of its own, patient with failures and quick to see them."""
     changes = {"max_failures": -1, "resize_interval_s": 5.0, "hang_timeout_s": 20.0, "cpus_per_worker": WORKER_CPUS}
     cluster = run.cluster.model_copy(update=changes)
-    return run.absolute().model_copy(update={"name": f"{run.name}-{suffix}", "cluster": cluster})
+    return run.absolute().for_record().model_copy(update={"name": f"{run.name}-{suffix}", "cluster": cluster})
 
 
 @contextlib.contextmanager
@@ -387,10 +387,17 @@ def inject(a: Arena, plan: list[tuple[int, str]], rng: random.Random) -> list[In
     return done
 
 
+def _difference(a: float, b: float) -> float:
+    """Infinite where only one of them is a number; a step with NaN on purpose is NaN in both."""
+    if math.isnan(a) or math.isnan(b):
+        return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
+    return 0.0 if a == b else abs(a - b)
+
+
 def judge(reference: RunConfig, broken: RunConfig, faults: list[Injected]) -> Verdict:
     """Compare what the two runs have written."""
     losses = [{row["step"]: row["loss"] for row in rundir.metrics_log(r.run_dir).read()} for r in (reference, broken)]
-    differences = [abs(losses[0][s] - losses[1].get(s, math.inf)) for s in losses[0]]
+    differences = [_difference(loss, losses[1].get(step, math.inf)) for step, loss in losses[0].items()]
     events = rundir.events_log(broken.run_dir).read()
     starts = [e for e in events if e["event"] == "start"]
     resolved = rundir.with_rewinds(broken, events)

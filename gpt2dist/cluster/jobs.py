@@ -300,6 +300,8 @@ class JobClient:
             )
             how = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
             raise UserError(f"address: {self.address}: {problem}; Ray takes it from {how}") from None
+        except BrokenPipeError:  # of our own output
+            raise
         except (requests.exceptions.RequestException, aiohttp.ClientError, OSError) as e:
             raise UserError(f"address: {self.address}: no Ray dashboard answers there ({_first_line(e)})") from None
         except RuntimeError as e:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.common import command, fail, json_option, set_option, to_json
 from gpt2dist.config import load_run
 from gpt2dist.report.console import make_console
 
@@ -50,7 +49,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     curves.draw(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
     spent = goodput_of(verdict.run_dir)
     if as_json:
-        click.echo(json.dumps(verdict.to_json() | {"picture": str(picture), "goodput": spent.to_json(None)}))
+        click.echo(to_json(verdict.to_json() | {"picture": str(picture), "goodput": spent.to_json(None)}))
     else:
         tables.verdict(console, verdict.to_json())
         console.print(tables.goodput_line(spent))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +39,19 @@ set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 address_option = click.option("--address", help="Ray cluster to join; by default RAY_ADDRESS, else a private one.")
 run_dir_argument = click.argument("run_dir", type=click.Path())
+
+
+def to_json(value: Any) -> str:
+    """JSON has no infinity and no NaN; null takes their place."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def existing(run_dir: str) -> str:

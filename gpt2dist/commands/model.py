@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gpt2dist.commands.common import address_option, command, fail, json_option
+from gpt2dist.commands.common import address_option, command, fail, json_option, to_json
 from gpt2dist.config import ClusterSection, UserError
 from gpt2dist.report.console import make_console
 
@@ -156,7 +156,7 @@ def evaluate(
     data = ", ".join(request.paths)
     if as_json:
         what = {"step": saved.step, "data": data, "split": request.split, "samples": len(ids), "tokens": score.tokens}
-        click.echo(json.dumps(what | values))
+        click.echo(to_json(what | values))
     else:
         counts = {"sequences": f"{len(ids):,} of {tokens.num_samples:,}", "tokens": f"{score.tokens:,}"}
         rows = counts | {key: f"{value:.4f}" for key, value in values.items()}

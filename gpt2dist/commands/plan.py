@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from typing import Any
 
 import click
 
-from gpt2dist.commands.common import command, json_option, set_option
+from gpt2dist.commands.common import command, json_option, set_option, to_json
 from gpt2dist.config import UserError, load_run
 from gpt2dist.report.console import make_console
 
@@ -90,17 +87,8 @@ def plan(
     assumptions = setups.Assumptions(value, source, **assumed)
     result = setups.Planner(run, known, assumptions, head).result(candidates)
     if as_json:
-        click.echo(json.dumps(_finite({"config": run.model_dump(mode="json"), **result})))
+        click.echo(to_json({"config": run.model_dump(mode="json"), **result}))
     else:
         planned.show(make_console(), run, result)
     if not any(setup["fits"] for setup in result["as_written"]):
         sys.exit(1)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity; null takes its place."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

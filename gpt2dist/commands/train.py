@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from gpt2dist import STARTED
-from gpt2dist.commands.common import address_option, check_in_a_job, command, fail, json_option, set_option
+from gpt2dist.commands.common import address_option, check_in_a_job, command, fail, json_option, set_option, to_json
 from gpt2dist.commands.data import hash_shards
 from gpt2dist.config import RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
@@ -96,7 +96,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     if lock:
         lock.release()
     if as_json:
-        click.echo(json.dumps(_outcome(run)))
+        click.echo(to_json(_outcome(run)))
     else:
         tables.finished(make_console(), run, time.time() - started, run_file)
 
@@ -107,6 +107,7 @@ def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
     from gpt2dist.storage import StorageError
     from gpt2dist.train import checkpoint
 
+    run = run.for_record()
     numbers, parts = arithmetic(run), memory(run)
     newest, away = None, ""
     try:

@@ -45,7 +45,9 @@ class NearIndex:
         from datasketch import MinHashLSH
 
         self.threshold = threshold
-        self.index: Any = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+        # Above 0.98 datasketch would want a single band. In one of four bands 99 of 100 pairs at 0.99 agree.
+        bands = None if threshold <= 0.98 else (4, PERMUTATIONS // 4)
+        self.index: Any = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, params=bands)
         self.kept: list[Signature] = []
 
     def add(self, document: Signature) -> bool:

@@ -40,6 +40,7 @@ from gpt2dist.storage import (
     remove_tree,
     stage,
 )
+from gpt2dist.urls import without_secrets
 
 QUARANTINE = "quarantine.jsonl"
 DEATHS = ".deaths"
@@ -106,7 +107,7 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
     p = run.prepare
     check_writable(p.output)
     pieces = sources.inventory(p)
-    chunks = sources.cut(pieces, int(p.shard_mb * 1e6))
+    chunks = sources.cut(pieces, max(1, int(p.shard_mb * 1e6)))
     request = _request(p, pieces)
     if manifest := _finished_manifest(p, request):  # another process has just ended
         return manifest
@@ -201,7 +202,7 @@ def _deaths_counted(path: UPath, pieces: list[Piece]) -> Iterator[None]:
     died = len(read_bytes(path)) if exists(path) else 0
     if died >= MAX_DEATHS:
         remove(path)
-        first, last = (sources.without_secrets(piece.path) for piece in (pieces[0], pieces[-1]))
+        first, last = (without_secrets(piece.path) for piece in (pieces[0], pieces[-1]))
         what = f"{first} (byte {pieces[0].start:,}) to {last} (byte {pieces[-1].stop:,})"
         raise UserError(f"{what}: the process that read this died {died} times; out of memory? The log says more")
     publish(path, b"x" * (died + 1))
@@ -225,7 +226,7 @@ def _part_of(row: dict[str, Any], chunks: list[list[Piece]]) -> Part:
 
 
 def _where(piece: Piece, line: int, before: int) -> str:
-    path = sources.without_secrets(piece.path)
+    path = without_secrets(piece.path)
     return f"{path}: {readers.UNITS[piece.kind]} {before + line}" if line else path
 
 
@@ -280,7 +281,7 @@ def _finish(p: PrepareSection, request: dict[str, Any], parts: list[Part], chunk
         shards.extend(shard for part in parts for shard in part.shards[split])
     if not splits["train"]:
         raise UserError("prepare.sources: no document went to the training split: the data set would be empty")
-    counts = [_count(sources.without_secrets(name), i, parts) for i, name in enumerate(p.sources)]
+    counts = [_count(without_secrets(name), i, parts) for i, name in enumerate(p.sources)]
     read, kept = (sum(getattr(source, what).documents for source in counts) for what in ("read", "kept"))
     documents = {"read": read, "kept": kept, "skipped": read - kept}
     manifest = Manifest(request=request, documents=documents, sources=counts, splits=splits)
@@ -325,18 +326,18 @@ def _write_quarantine(p: PrepareSection, parts: list[Part], chunks: list[list[Pi
                 key = (piece.source, piece.path)
                 for record in bad.get(number, ()):
                     record["line"] = record["line"] and record["line"] + before.get(key, 0)
-                    f.write(json.dumps({"file": sources.without_secrets(piece.path), **record}) + "\n")
+                    f.write(json.dumps({"file": without_secrets(piece.path), **record}) + "\n")
                 before[key] = before.get(key, 0) + lines
     publish_file(temporary, path)
 
 
 def _request(p: PrepareSection, pieces: list[Piece]) -> dict[str, Any]:
     """What determines the output; files by name and size, so a copy elsewhere is the same request."""
-    names = (os.path.basename(sources.without_secrets(piece.path)) for piece in pieces)
+    names = (os.path.basename(without_secrets(piece.path)) for piece in pieces)
     files = "".join(f"{name} {piece.stop}\n" for name, piece in zip(names, pieces, strict=True))
     request = {
-        "sources": [sources.without_secrets(source) for source in p.sources],
-        "files": hashlib.sha256(files.encode()).hexdigest(),
+        "sources": [without_secrets(source) for source in p.sources],
+        "files": hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
         "text_field": p.text_field,
         "val_fraction": p.val_fraction,
         "on_bad_record": p.on_bad_record,

@@ -17,9 +17,11 @@ from botocore.exceptions import BotoCoreError
 from pydantic_core import from_json
 
 from gpt2dist.data import json_array, parquet_footer, sources
+from gpt2dist.data.compressed import is_damage
 from gpt2dist.data.sources import Piece, open_piece
 from gpt2dist.data.token_files import HEADER_BYTES, Joined, Tokens, header_of, token_blocks, token_documents
 from gpt2dist.data.tokenizer import N_VOCAB
+from gpt2dist.urls import without_secrets, without_secrets_in
 
 MAX_RECORD_BYTES = 1 << 30
 """A longer line, text file or token document is a bad record: it would have to fit in memory."""
@@ -73,9 +75,9 @@ class Reader:
         try:
             yield from getattr(self, f"_{self.piece.kind}")()
         except (OSError, aiohttp.ClientError, BotoCoreError) as e:
-            if not isinstance(e, OSError) or not _is_damage(e):
-                path = sources.without_secrets(self.piece.path)
-                raise CannotRead(f"{path}: cannot be read: {getattr(e, 'strerror', None) or _one_line(e)}") from e
+            if not isinstance(e, OSError) or not is_damage(e):
+                path, why = without_secrets(self.piece.path), getattr(e, "strerror", None) or _one_line(e)
+                raise CannotRead(f"{path}: cannot be read: {without_secrets_in(why)}") from None
             in_lines = self.piece.kind in ("lines", "array")
             yield BadRecord(self.lines + 1 if in_lines else 0, "damaged file", str(e))
 
@@ -160,7 +162,7 @@ class Reader:
                     raise pa.ArrowInvalid("its row groups do not have the rows of the file")
                 problem = self._column_problem(file.schema_arrow)
             except _ARROW_ERRORS as e:
-                if isinstance(e, OSError) and not _is_damage(e):
+                if isinstance(e, OSError) and not is_damage(e):
                     raise
                 problem = BadRecord(0, "damaged file", _one_line(e))
             if problem:
@@ -200,7 +202,7 @@ class Reader:
                     else:
                         yield self._decode(row, data)
         except _ARROW_ERRORS as e:
-            if isinstance(e, OSError) and not _is_damage(e):
+            if isinstance(e, OSError) and not is_damage(e):
                 raise
             yield BadRecord(row + 1, "damaged file", f"row group {index}: {_one_line(e)}")
             return
@@ -262,11 +264,6 @@ def lines_before(piece: Piece) -> int:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError)
-
-
-def _is_damage(error: OSError) -> bool:
-    """Whether pyarrow says so of the content; an error of the system has a number or a class of its own."""
-    return type(error) is OSError and error.errno is None
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,17 +12,18 @@ import io
 import json
 import os
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit, urlunsplit
-
-import pyarrow as pa
+from urllib.parse import urlsplit
 
 from gpt2dist.config import PrepareSection, UserError
 from gpt2dist.data import json_array
+from gpt2dist.data.compressed import READ_BYTES, Decompressed, is_damage
 from gpt2dist.storage import filesystem
+from gpt2dist.urls import is_http, without_secrets, without_secrets_in
 
 STDLIB = "builtin:stdlib"
 TOPICS = "pydoc_data.topics"
@@ -103,25 +104,19 @@ def from_json(text: str) -> list[Piece]:
 
 def open_piece(piece: Piece, block_bytes: int = 1 << 23) -> BinaryIO:
     """The file of a piece at its beginning, decompressed; of a remote one at least `block_bytes` are fetched."""
-    if "://" not in piece.path:
-        f: Any = open(piece.path, "rb", buffering=1 << 20)
-    else:
-        fs, path = filesystem(piece.path)
-        streamed = piece.whole and piece.path.startswith("http")  # without range requests
-        f = fs.open(path, "rb", block_size=0 if streamed else block_bytes)
-        f = f if streamed and piece.codec else io.BufferedReader(f, min(1 << 20, block_bytes))
     if piece.codec:
-        # A small buffer: what was read before the damage in a truncated file is kept.
-        f = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(f, "r"), piece.codec), 1 << 16)
-    return f  # type: ignore[no-any-return]
+        content = Decompressed(lambda: _open_file(piece, block_bytes), piece.codec)
+        return io.BufferedReader(content, READ_BYTES)
+    return _open_file(piece, block_bytes)
 
 
-def without_secrets(location: str) -> str:
-    """A URL without user, password and query (a signature, often); for manifests, logs and messages."""
-    if "://" not in location:
-        return location
-    parts = urlsplit(location)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _open_file(piece: Piece, block_bytes: int) -> BinaryIO:
+    if "://" not in piece.path:
+        return open(piece.path, "rb", buffering=1 << 20)
+    fs, path = filesystem(piece.path)
+    streamed = piece.whole and is_http(piece.path)  # without range requests
+    f: Any = fs.open(path, "rb", block_size=0 if streamed else block_bytes)
+    return f if streamed and piece.codec else io.BufferedReader(f, min(1 << 20, block_bytes))
 
 
 def _full(location: str) -> str:
@@ -140,7 +135,7 @@ def _expand(source: str, index: int) -> list[Piece]:
         else:
             named, found = _find_local(source.removeprefix("file://"))
     except Exception as e:  # each object store's client has its own errors
-        text = (str(e) or type(e).__name__).splitlines()[0].replace(source, shown)
+        text = without_secrets_in((str(e) or type(e).__name__).splitlines()[0])
         raise UserError(f"prepare.sources: {shown}: cannot be listed: {text}") from None
     if not named:  # of a directory or a glob: the files we know
         found = {path: info for path, info in found.items() if _kind(path)}
@@ -152,7 +147,7 @@ def _expand(source: str, index: int) -> list[Piece]:
 
 def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     if os.path.isdir(source):
-        paths = [str(p) for p in Path(source).rglob("*") if p.is_file()]
+        paths = list(_walk(source))
     elif os.path.isfile(source):
         paths = [source]
     else:
@@ -160,25 +155,40 @@ def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     return paths == [source], {p: {"size": os.path.getsize(p), "partial": True} for p in paths}
 
 
+def _walk(directory: str) -> Iterator[str]:
+    """All files below, through symbolic links too, each directory once. Raises `OSError` where one cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, below, files in os.walk(directory, onerror=fail, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:  # by another link, or a link that leads back up
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below.sort()
+        yield from (path for name in files if os.path.isfile(path := os.path.join(place, name)))
+
+
 def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Files at a URL, with fsspec's description of each."""
     fs, path = filesystem(source)
-    is_http = urlsplit(source).scheme in ("http", "https")
-    if "*" in source or "[" in source or (not is_http and "?" in source):
-        found = fs.glob(path, detail=True)
-    elif (is_http and _kind(source)) or fs.isfile(path):
-        return True, {source: {"partial": not is_http, **fs.info(path)}}
-    else:
-        found = fs.find(path, detail=True)
+    http = is_http(source)
+    globbed = "*" in source or "[" in source or (not http and "?" in source)
+    if not (http and globbed) and ((http and _kind(source)) or fs.isfile(path)):  # also where its name has a ? in it
+        return True, {source: {"partial": not http, **fs.info(path)}}
+    found = fs.glob(path, detail=True) if globbed else fs.find(path, detail=True)
     files = {fs.unstrip_protocol(p): info for p, info in found.items() if info.get("type") != "directory"}
-    if is_http:  # a listing of links knows no sizes
+    if http:  # a listing of links knows no sizes
         files = {p: {"partial": False, **fs.info(p)} for p in files if _kind(p)}
     return False, files
 
 
 def _suffixes(path: str) -> tuple[str, str]:
     """(.jsonl, .gz) of a.jsonl.gz; (.txt, "") of a.txt."""
-    stem, last = os.path.splitext(urlsplit(path).path if "://" in path else path)
+    stem, last = os.path.splitext(urlsplit(path).path if is_http(path) else path)
     if last.lower() in CODECS:
         return os.path.splitext(stem)[1].lower(), last.lower()
     return last.lower(), ""
@@ -216,9 +226,9 @@ def _is_array(piece: Piece) -> bool:
         with open_piece(piece, block_bytes=1 << 16) as f:
             return json_array.is_array(f)
     except Exception as e:
-        if type(e) is OSError and e.errno is None:  # damaged: the task that reads it will say so
+        if isinstance(e, OSError) and is_damage(e):  # the task that reads it will say so
             return False
-        text = (str(e) or type(e).__name__).splitlines()[0]
+        text = without_secrets_in((str(e) or type(e).__name__).splitlines()[0])
         raise UserError(f"prepare.sources: {without_secrets(piece.path)}: cannot be read: {text}") from None
 
 

@@ -42,10 +42,13 @@ def write(run_dir: str, run: RunConfig) -> str:
     """Write the page of a run into its directory; returns where. run: its configuration.
 
     Raises:
-        UserError: there are no events yet.
+        UserError: there are no events yet, or it cannot be written.
     """
     page = render(run_dir, run)
-    publish(location(run_dir) / NAME, page.encode())
+    try:
+        publish(location(run_dir) / NAME, page.encode())
+    except OSError as e:
+        raise UserError(f"{run_dir}: {NAME}: cannot be written: {e.strerror or e}") from None
     return f"{run_dir.rstrip('/')}/{NAME}"
 
 
@@ -137,10 +140,10 @@ def _event(event: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _audit(run_dir: str, run: RunConfig) -> dict[str, Any]:
-    newest = checkpoint.newest(run_dir)
-    if newest is None:
-        return {"clean": True, "text": "Nothing was saved yet, so there is nothing to audit."}
     try:
+        newest = checkpoint.newest(run_dir)
+        if newest is None:
+            return {"clean": True, "text": "Nothing was saved yet, so there is nothing to audit."}
         result = ledger.audit_run(run_dir, run, newest.index)
     except UserError as e:
         return {"clean": False, "text": f"Not audited: {e}"}
@@ -149,10 +152,11 @@ def _audit(run_dir: str, run: RunConfig) -> dict[str, Any]:
 
 def _checkpoint(found: checkpoint.Checkpoint | checkpoint.BadCheckpoint, run_dir: str) -> dict[str, Any]:
     row = checkpoint.describe(found, run_dir)
-    if row["step"] is None:
-        return {"step": "", "size": "", "made": "", "valid": False, "state": f"damaged: {row['reason']}"}
+    step = f"{row['step']:,}"
+    if isinstance(found, checkpoint.BadCheckpoint):
+        return {"step": step, "size": "", "made": "", "valid": False, "state": f"damaged: {row['reason']}"}
     return {
-        "step": f"{row['step']:,}",
+        "step": step,
         "size": size(row["bytes"]),
         "made": f"{count('worker', row['world_size'])}, ZeRO-{row['zero_stage']}",
         "valid": row["valid"],

@@ -46,6 +46,11 @@ STYLE: Any = {
 Floats = npt.NDArray[np.float64]
 
 
+def rolling_mean(values: Floats, window: int) -> Floats:
+    """Of each `window` values in a row, NaN where one is not finite: [n] → [n − window + 1]."""
+    return np.convolve(np.where(np.isfinite(values), values, np.nan), np.ones(window) / window, "valid")
+
+
 def loss(metrics: list[dict[str, Any]], before: float | None, attempts: list[Attempt]) -> str:
     """Training and validation loss by step; before: the validation loss before the first step."""
     steps, values = _columns(metrics, "loss")
@@ -57,7 +62,7 @@ def loss(metrics: list[dict[str, Any]], before: float | None, attempts: list[Att
         window = len(steps) // 100
         if window > 1:
             axes.plot(*thin(steps, values), color=FAINT, linewidth=0.7, label="training")
-            mean = np.convolve(np.nan_to_num(values, posinf=np.nan, neginf=np.nan), np.ones(window) / window, "valid")
+            mean = rolling_mean(values, window)
             axes.plot(
                 *thin(steps[window // 2 :][: len(mean)], mean),
                 color=LINE,

@@ -113,7 +113,7 @@ class TrainJob:
 
     def __init__(self, run: RunConfig, began: float, changes: Sequence[resume.Change] = ()) -> None:
         """began: Unix time at which the command began, from which start-up counts; changes: see `Preflight`."""
-        self.run = run.absolute()
+        self.run = run.absolute().for_record()
         self._events = rundir.events_log(self.run.run_dir)
         rundir.withdraw(self.run.run_dir)
         reservation.release(self._events.read())

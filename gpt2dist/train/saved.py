@@ -87,6 +87,6 @@ def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkp
 
 def changes(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
     """How the run differs from the one that saved the checkpoint."""
-    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute()
+    now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute().for_record()
     index = found.index
     return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ def test_what_cannot_be_broken_is_refused(make_data: Callable[..., str], tmp_pat
     (tmp_path / "run-chaos").mkdir()
     with pytest.raises(UserError, match="run-chaos: is there already"):
         chaos.compare(run, ["kill-worker"], 0, print)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [(1.0, 1.5, 0.5), (math.nan, math.nan, 0.0), (math.nan, 1.0, math.inf), (1.0, math.nan, math.inf)],
+)
+def test_a_loss_that_is_no_number_in_one_run_only_differs(a: float, b: float, difference: float) -> None:
+    assert chaos._difference(a, b) == difference
 
 
 def test_a_verdict_sees_another_curve_and_lost_samples() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpt2dist.cli import main
+from gpt2dist.commands.common import to_json
 from gpt2dist.config import load_run
 from gpt2dist.data.shards import read_manifest
 from gpt2dist.model.gpt2 import GPT2, GPT2Config
@@ -67,6 +69,11 @@ def test_missing_or_bad_sources(run_file: str, tmp_path: Path) -> None:
     assert_one_line(prepare('["builtin:x"]'), "prepare.sources: builtin:x: unknown; did you mean builtin:stdlib?")
     assert_one_line(prepare('["x.pdf"]'), "x.pdf: unknown kind of file")
     assert not Path("out").exists()
+
+
+def test_json_has_no_infinity() -> None:
+    value = {"a": [1.5, math.inf, {"b": math.nan}], "c": (-math.inf, 2), "d": "nan"}
+    assert json.loads(to_json(value)) == {"a": [1.5, None, {"b": None}], "c": [None, 2], "d": "nan"}
 
 
 def test_missing_data_set(run_file: str) -> None:

@@ -789,6 +789,13 @@ def test_a_file_full_of_nonsense_gives_findings_not_tracebacks(repository: Path)
                     found(repository, file)
 
 
+def test_a_template_is_no_manifest(repository: Path) -> None:
+    text = (ROOT / JOB).read_text()
+    (repository / JOB).write_text(text.replace('rayVersion: "2.60.0"', "rayVersion: {{ .Values.ray }}"))
+    with pytest.raises(UserError, match=r"rayjob.yaml: not valid YAML: .*line 16"):
+        found(repository, JOB)
+
+
 def test_command_line(repository: Path, gpt2dist: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     clean = gpt2dist("cluster", "check", CLUSTER, FLEET, JOB, cwd=repository)
     assert (clean.returncode, clean.stderr) == (0, "")

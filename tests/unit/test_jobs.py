@@ -226,6 +226,16 @@ def test_driver_saves_and_ends_when_its_entry_point_is_killed(tmp_path: Path) ->
     process.wait()
 
 
+def test_a_reader_of_the_log_that_goes_ends_it() -> None:
+    """`jobs logs --follow | head`: this is not the cluster's connection."""
+    client = object.__new__(jobs.JobClient)
+    client.address = "http://127.0.0.1:9"
+    with pytest.raises(BrokenPipeError), client._errors():
+        raise BrokenPipeError
+    with pytest.raises(UserError, match="no Ray dashboard answers there"), client._errors():
+        raise ConnectionRefusedError
+
+
 def test_log_that_is_told_twice_is_shown_once() -> None:
     shown: list[str] = []
     log = jobs._Unseen(shown.append)

@@ -42,6 +42,7 @@ LAYERS = [
     ["gpt2dist.storage"],
     ["gpt2dist.s3"],
     ["gpt2dist.config"],
+    ["gpt2dist.urls"],
 ]
 # Siblings of one layer that must not know each other.
 APART = [("gpt2dist.train.engine", "gpt2dist.train.checkpoint"), ("gpt2dist.cluster", "gpt2dist.report")]

@@ -144,6 +144,31 @@ def test_a_data_set_that_is_gone_is_said(run: RunConfig, tmp_path: Path) -> None
     assert "Not audited: " in (Path(run_dir) / "report.html").read_text(encoding="utf-8")
 
 
+def test_damaged_and_missing_checkpoints_are_listed(run: RunConfig) -> None:
+    run_dir = eventful_run(run, 12)
+    index = Path(run_dir) / "checkpoints/step-00000012/index.json"
+    index.write_bytes(index.read_bytes()[:100])
+    assert CliRunner().invoke(main, ["report", run_dir]).exit_code == 0
+    text = (Path(run_dir) / "report.html").read_text(encoding="utf-8")
+    assert "Not audited: " in text
+    assert re.search(r"damaged: [^<]*step-00000012/index.json: not a valid index", text)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(run: RunConfig) -> None:
+    run_dir = eventful_run(run, 12)
+    (Path(run_dir) / "report.html").mkdir()
+    refused = CliRunner().invoke(main, ["report", run_dir])
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        f"error: {run_dir}: report.html: cannot be written: Is a directory\n",
+    )
+
+
+def test_what_is_not_finite_leaves_a_gap() -> None:
+    values = np.array([3.0, 3.0, np.nan, 3.0, np.inf, 3.0, 3.0])
+    assert np.array_equal(plots.rolling_mean(values, 2), [3, np.nan, np.nan, np.nan, np.nan, 3], equal_nan=True)
+
+
 def test_a_long_line_keeps_its_peaks() -> None:
     steps = np.arange(100_000.0)
     values = np.sin(steps / 1e4)

@@ -104,6 +104,9 @@ def test_near_duplicates(tmp_path: Path) -> None:
     manifest = run_prepare(run)
     assert texts_of(run) == [*originals, *other]
     assert {r: t.documents for r, t in manifest.sources[0].dropped.items()} == {"duplicate": 1, "near-duplicate": 10}
+    strict = prepare_run(tmp_path, source, dedup="near", near_threshold=0.995, output="strict")
+    run_prepare(strict)
+    assert texts_of(strict) == texts[:-1]
     exact = prepare_run(tmp_path, source, dedup="exact", output="exact")
     run_prepare(exact)
     assert texts_of(exact) == texts[:-1]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import http.server
 import io
 import json
+import os
+import shutil
 import struct
+import tempfile
 import threading
+import time
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data import json_array, parquet_footer, readers, sources, tokenizer
+from gpt2dist.data.compressed import is_damage
 from gpt2dist.data.readers import BadRecord, CannotRead, Document, Reader
 from gpt2dist.data.shards import read_manifest
 from gpt2dist.data.sources import Piece
+from gpt2dist.urls import without_secrets, without_secrets_in
+from tests.conftest import tiny_run
 from tests.unit.corpora import failure, ids_of, lines, prepare_run, quarantine, run_prepare, texts_of, write
 
 EOT = 50256
@@ -212,9 +222,112 @@ def test_memory_file_system_with_globs_and_ranges(tmp_path: Path) -> None:
     assert texts_of(run) == [*TEXTS, "p1", "p2", "p3", "bee", "p1", "p2", "p3"]
 
 
+def test_file_names_with_signs_of_urls(tmp_path: Path) -> None:
+    """Only in http URLs do they mean something."""
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for name in ("C#/x.md", "a#1.jsonl", "ok.txt", "why?.txt"):
+        fs.pipe(f"/signs/{name}", lines(name) if name.endswith("jsonl") else name.encode())
+    run = prepare_run(tmp_path, "memory://signs", "memory://signs/why?.txt", dedup="none")
+    run_prepare(run)
+    assert texts_of(run) == ["C#/x.md", "a#1.jsonl", "ok.txt", "why?.txt", "why?.txt"]
+
+
+def test_a_directory_is_read_through_links_and_once(tmp_path: Path) -> None:
+    for name in ("elsewhere/1.txt", "elsewhere/deep/2.txt", "corpus/3.txt"):
+        write(tmp_path / name, name.encode())
+    (tmp_path / "corpus/a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "corpus")
+    run = prepare_run(tmp_path, str(tmp_path / "corpus"), dedup="none")
+    run_prepare(run)
+    assert texts_of(run) == ["corpus/3.txt", "elsewhere/1.txt", "elsewhere/deep/2.txt"]
+
+
+def test_a_directory_that_may_not_be_read_is_no_empty_one() -> None:
+    place = Path(tempfile.mkdtemp())
+    try:
+        write(place / "ok.txt", b"x")
+        write(place / "secret/y.txt", b"y")
+        place.chmod(0o755)
+        (place / "secret").chmod(0)
+        if os.getuid() == 0:  # whom nothing is forbidden
+            os.seteuid(65534)
+        run = tiny_run(prepare__sources=[str(place)], prepare__output="elsewhere")
+        with pytest.raises(UserError, match=r"cannot be listed: .*Permission denied: '.*/secret'"):
+            sources.inventory(run.prepare)
+    finally:
+        os.seteuid(os.getuid())
+        shutil.rmtree(place)
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    with open(os.fsencode(tmp_path / "corpus") + b"/caf\xe9.txt", "wb") as f:
+        f.write(b"text")
+    run = prepare_run(tmp_path, str(tmp_path / "corpus"))
+    run_prepare(run)
+    assert texts_of(run) == ["text"]
+
+
 def test_secrets_of_urls_are_not_kept() -> None:
-    assert sources.without_secrets("https://u:pw@host:1/a.txt?X-Amz-Signature=s#f") == "https://host:1/a.txt"
-    assert sources.without_secrets("s3://bucket/a.txt") == "s3://bucket/a.txt"
+    assert without_secrets("https://u:pw@host:1/a.txt?X-Amz-Signature=s#f") == "https://host:1/a.txt"
+    assert without_secrets("s3://bucket/C#/a?.txt") == "s3://bucket/C#/a?.txt"
+    assert without_secrets("/a?b#c@d") == "/a?b#c@d"
+    error = "403, message='Forbidden', url=URL('https://u:p@h/x%2Fy?sig=SECRET&a=b'), and http://h/z?SECRET."
+    assert without_secrets_in(error) == "403, message='Forbidden', url=URL('https://h/x%2Fy'), and http://h/z"
+    url = "https://u:pw@host/a.jsonl?sig=SECRET"
+    assert tiny_run(prepare__sources=[url, "b.txt"]).for_record().prepare.sources == ["https://host/a.jsonl", "b.txt"]
+
+
+class _Moody(http.server.BaseHTTPRequestHandler):
+    """/slow: a gzip file in twenty pieces; /stuck: stops in the middle; /denied: only HEAD is allowed."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        if "denied" in self.path:
+            self.send_error(403)
+            return
+        self.do_HEAD()
+        size = len(self.content) // 20 + 1
+        for i in range(20):
+            self.wfile.write(self.content[i * size : (i + 1) * size])
+            time.sleep(0.1)
+            if i == 5 and "stuck" in self.path:
+                time.sleep(3)
+                return
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    content = gzip.compress(lines(*(f"{i} {i**7}" for i in range(50_000))))
+
+
+@pytest.fixture
+def moody_server() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Moody)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_may_take_long_if_it_goes_on(
+    tmp_path: Path, moody_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2dist.storage.SILENCE_S", 1.0)
+    run = prepare_run(tmp_path, f"{moody_server}/slow.jsonl.gz?sig=SECRET")
+    assert run_prepare(run).documents["kept"] == 50_000
+    text = failure(prepare_run(tmp_path, f"{moody_server}/stuck.jsonl.gz?sig=SECRET", output="stuck"))
+    assert "/stuck.jsonl.gz: cannot be read" in text
+    text = failure(prepare_run(tmp_path, f"{moody_server}/denied.jsonl.gz?sig=SECRET", output="denied"))
+    assert "/denied.jsonl.gz: cannot be read: 403" in text
+    assert "SECRET" not in text
 
 
 @settings(max_examples=100, deadline=None)
@@ -475,12 +588,56 @@ def test_documents_before_the_damage_are_kept(tmp_path: Path, name: str) -> None
     array = json.dumps([{"text": text} for text in texts]).encode()
     path = write(tmp_path / name, lines(*texts) if "jsonl" in name else array)
     _truncated(tmp_path / name, 0.5)
+    there = zlib.decompressobj(31).decompress((tmp_path / name).read_bytes())
     run = prepare_run(tmp_path, path, on_bad_record="skip")
     run_prepare(run)
     kept = texts_of(run)
+    assert len(kept) == there.count(b'"}')
     assert 15_000 < len(kept) < 35_000
     assert kept == texts[: len(kept)]
     assert quarantine(run)[0]["line"] == len(kept) + 1
+
+
+@pytest.mark.parametrize("codec", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["zeros", "garbage", "cut", "flipped"])
+def test_all_before_the_damage_is_delivered(tmp_path: Path, codec: str, damage: str) -> None:
+    """Short files and long ones; of zstd as far as its blocks of 128 KiB are whole."""
+    for count in (1, 3, 40_000):
+        content = b"".join(b"%d %d\n" % (i, i**7) for i in range(count))
+        path = tmp_path / f"{damage}-{count}.jsonl.{codec}"
+        zstd = zstandard.ZstdCompressor(write_checksum=True)
+        data = bytearray(gzip.compress(content) if codec == "gz" else zstd.compress(content))
+        at = len(data)
+        if damage == "zeros":
+            data += bytes(100)
+        elif damage == "garbage":
+            data += b"\1garbage" * 9
+        elif damage == "cut":
+            at -= 5
+            del data[at:]
+        else:
+            at = len(data) // 2
+            data[at : at + 20] = bytes(b ^ 0xFF for b in data[at : at + 20])
+        path.write_bytes(data)
+        if codec == "gz":
+            least = len(zlib.decompressobj(31).decompress(data[:at]))
+        else:
+            whole = zstandard.ZstdDecompressor().decompressobj()
+            least = len(whole.decompress(data[:at]))
+        got = bytearray()
+
+        def read(path: Path = path, size: int = len(data), got: bytearray = got) -> None:
+            with sources.open_piece(Piece(str(path), "lines", 0, size, whole=True)) as f:
+                while piece := f.read1(1 << 20):  # type: ignore[attr-defined]
+                    got += piece
+
+        with pytest.raises(OSError, match=".") as error:
+            read()
+        assert is_damage(error.value)
+        if damage != "flipped":
+            assert got == content[:least]
+        else:  # what a wrong bit makes of the symbols after it may come too
+            assert got[:least] == content[:least]
 
 
 @pytest.mark.parametrize("value", ["", "a\0b", None, "  ", b"\xff\xfe"])

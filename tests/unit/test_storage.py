@@ -10,7 +10,7 @@ from upath import UPath
 
 from gpt2dist.config import UserError
 from gpt2dist.logs import JsonLines
-from gpt2dist.storage import check_writable, publish, remove_tree, sha256_of, writing
+from gpt2dist.storage import check_writable, location, publish, remove_tree, sha256_of, writing
 from tests.disks import Disk, small_disk
 
 
@@ -166,6 +166,15 @@ def test_check_writable(tmp_path: Path) -> None:
         check_writable(str(tmp_path / "file"))
     with pytest.raises(UserError, match="storage: cannot write to /proc/none"):
         check_writable("/proc/none")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("nosuch://bucket/runs", "cannot be opened: "), ("gs://bucket/runs", "cannot be opened: .*gcsfs")],
+)
+def test_locations_that_nothing_opens(place: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"{place}: {message}"):
+        location(place)
 
 
 def test_small_things(tmp_path: Path) -> None:

@@ -156,13 +156,12 @@ def _find_duplicates(document: Document, node: Any, path: Path) -> None:
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if key.value in seen and key.value != "<<":
-                document.lines[(*path, key.value)] = line
-                document.error(
-                    "duplicate-key", (*path, key.value), f"stands on line {seen[key.value]} too", "remove one of them"
-                )
-            seen[str(key.value)] = line
-            _find_duplicates(document, value, (*path, str(key.value)))
+            name = str(key.value)  # of a template in braces, a list
+            if name in seen and name != "<<":
+                document.lines[(*path, name)] = line
+                document.error("duplicate-key", (*path, name), f"stands on line {seen[name]} too", "remove one of them")
+            seen[name] = line
+            _find_duplicates(document, value, (*path, name))
 
 
 def _note_lines(document: Document, node: Any, path: Path) -> None:
