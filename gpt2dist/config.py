@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gpt2dist.urls import without_secrets
+from gpt2dist.urls import without_secrets, without_secrets_in
 
 
 class UserError(Exception):
@@ -350,6 +350,10 @@ class ClusterSection(Section):
 
     @model_validator(mode="after")
     def _accelerator_is_used(self) -> ClusterSection:
+        if self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g}: 0 or 1, since NCCL wants a GPU for each worker"
+            )
         if self.accelerator and not self.gpus_per_worker:
             raise ValueError(f'accelerator = "{self.accelerator}" needs gpus_per_worker = 1')
         return self
@@ -550,4 +554,5 @@ def _explain(model: type[Section], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {json.dumps(problem['input'], default=str)}"
+    got = without_secrets_in(json.dumps(problem["input"], default=str))
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got}"

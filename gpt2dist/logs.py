@@ -30,7 +30,8 @@ class JsonLines:
     killed) is not a record: `read` leaves it out and `keep` removes it.
 
     Objects cannot be appended to. There the log is x.jsonl, x.1.jsonl, x.2.jsonl, … in this order; a writer keeps
-    the text of its own last one in memory and puts it whole. Two processes that append have different objects.
+    the text of its own last one in memory and puts it whole. Two processes that append have different objects, and
+    who appends after another begins a new one.
     """
 
     def __init__(self, path: UPath, flush_s: float = 0.0) -> None:
@@ -39,6 +40,7 @@ class JsonLines:
         self.flush_s = flush_s
         self._segment: UPath | None = None  # the object that this writer puts again and again
         self._text = ""
+        self._put_length = 0  # of the text that the object has
         self._waiting = False
         self._flushed = -flush_s
         self._unwritten: list[dict[str, Any]] = []  # of `try_append`
@@ -57,7 +59,7 @@ class JsonLines:
                 waiting = list(self._unwritten)
             text = "".join(json.dumps(record) + "\n" for record in [*waiting, *records])
             if is_local(self.path):
-                _append_text(self.path, text)
+                _append_text(self._local_end(), text)
             else:
                 before = self._text, self._waiting
                 self._text += text
@@ -100,41 +102,48 @@ class JsonLines:
     def _put(self) -> None:
         if not self._waiting:
             return
-        if self._segment is None:
-            self._segment = self._new_segment()
-        publish(self._segment, self._text.encode())
+        segment, text = self._segment, self._text
+        if segment is None or self._others_follow(segment):
+            segment, text = self._new_segment(), text[self._put_length :]
+        publish(segment, text.encode())
         self._waiting, self._flushed = False, time.monotonic()
-        if len(self._text) >= SEGMENT_BYTES:
-            self._segment, self._text = None, ""
+        self._segment, self._text, self._put_length = segment, text, len(text)
+        if len(text) >= SEGMENT_BYTES:
+            self._segment, self._text, self._put_length = None, "", 0
+
+    def _others_follow(self, segment: UPath) -> bool:
+        """Whether another process has begun a later object: what is appended now belongs after it."""
+        return any(path.name != segment.name for _, path in self._segments()[-1:])
 
     def sync(self) -> None:
         """Force what was appended to the disk, or the object store."""
         self.flush()
-        if is_local(self.path) and self.path.exists():
-            with open(self.path, "rb") as f:
+        if is_local(self.path) and self._local_end().exists():
+            with open(self._local_end(), "rb") as f:
                 os.fsync(f.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; an empty list where there is no file."""
         if is_local(self.path):
-            with contextlib.suppress(FileNotFoundError):
-                return _records(self.path.read_bytes())
-            return []
+            return [record for path in self._local_parts() for record in _records(path.read_bytes())]
         return [record for _, data in self._contents() for record in _records(data)]
 
-    def tail(self, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
-        """The last whole records, as many as lie in `max_bytes`; on an object store, those of the last object."""
-        if is_local(self.path):
-            with contextlib.suppress(FileNotFoundError):
-                return _last_records(self.path, max_bytes)
-            return []
-        for _, path in reversed(self._segments()):
+    def tail(self, max_bytes: int = 1 << 16, parts: int = 1) -> list[dict[str, Any]]:
+        """The last whole records, as many as lie in `max_bytes`.
+
+        parts: of a log in several objects, so much of each of so many last ones.
+        """
+        paths = self._local_parts() if is_local(self.path) else [path for _, path in self._segments()]
+        found: list[list[dict[str, Any]]] = []
+        for path in reversed(paths):
             with contextlib.suppress(OSError):  # it was cut between the look at its size and the read
                 with named(path):
                     records = _last_records(path, max_bytes)
                 if records:
-                    return records
-        return []
+                    found.append(records)
+            if len(found) == parts:
+                break
+        return [record for records in reversed(found) for record in records]
 
     def keep(self, condition: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Drop the records that do not meet `condition`, atomically; returns the dropped ones.
@@ -142,14 +151,14 @@ class JsonLines:
         On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
         """
         if is_local(self.path):
-            data = self.path.read_bytes() if self.path.exists() else b""
-            return self._keep(self.path, data, condition)[1]
+            parts = [self._keep(path, path.read_bytes(), condition)[1] for path in self._local_parts()]
+            return [record for dropped in parts for record in dropped]
         dropped: list[dict[str, Any]] = []
         for i, (path, data) in enumerate(reversed(self._contents())):
             left, gone = self._keep(path, data, condition)
             dropped = gone + dropped
             if i == 0 and len(left) < SEGMENT_BYTES:
-                self._segment, self._text, self._waiting = path, left, False
+                self._segment, self._text, self._waiting, self._put_length = path, left, False, len(left)
         return dropped
 
     def _keep(
@@ -166,6 +175,15 @@ class JsonLines:
         pattern = rf"{re.escape(self.path.stem)}(?:\.(\d+))?{re.escape(self.path.suffix)}"
         found = ((re.fullmatch(pattern, path.name), path) for path in children(self.path.parent))
         return sorted((int(match[1] or 0), path) for match, path in found if match)
+
+    def _local_parts(self) -> list[UPath]:
+        """More than one where the log was copied from an object store."""
+        return [path for _, path in self._segments()]
+
+    def _local_end(self) -> UPath:
+        if self._segment is None:
+            self._segment = next(reversed(self._local_parts()), self.path)
+        return self._segment
 
     def _contents(self) -> list[tuple[UPath, bytes]]:
         paths = [path for _, path in self._segments()]

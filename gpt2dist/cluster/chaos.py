@@ -296,6 +296,11 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
         raise UserError(f"--faults: {unknown[0]}: no such fault; there are: {', '.join([*FAULTS, NAN])}")
     if not is_local(location(run.run_dir)):
         raise UserError(f"storage = {run.storage}: chaos damages files, so it wants a local directory of its own")
+    if run.cluster.gpus_per_worker or run.cluster.accelerator:
+        raise UserError(
+            "cluster.gpus_per_worker, cluster.accelerator: chaos makes nodes of CPUs on this machine; "
+            "--set cluster.gpus_per_worker=0 --set cluster.accelerator="
+        )
     plan = schedule(faults, run.stop_step, seed)
     spoilt = [step for step, fault in plan if fault == NAN]
     plan = [(step, fault) for step, fault in plan if fault != NAN]
@@ -308,6 +313,8 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
         say(f"the undisturbed run, in {reference.run_dir}")
         quiet.start()
         while not quiet.ended():
+            if quiet.driver and (quiet.driver.poll() or 0) < 0:
+                raise ChaosError(f"`train` was killed by signal {-quiet.driver.returncode}; memory?")
             time.sleep(POLL_S)
     check_length(reference, plan)
     with arena(broken, say) as a:

@@ -215,7 +215,7 @@ class JobClient:
         attempt = 1 + max((job.attempt for job in before), default=0)
         job_id = f"{run.name}-{attempt}"
         with tempfile.TemporaryDirectory(prefix="gpt2dist-job-") as name:
-            run_file = pack(run, include, Path(name))
+            run_file = pack(run if prepare else run.for_record(), include, Path(name))
             commands = "prepare,train" if prepare else "train"
             command = ["python", "-m", "gpt2dist.cluster.entry", "--retries", str(retries), commands, run_file]
             with self._errors():

@@ -65,14 +65,19 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["master weights"] = 0 if low == 4 and stage == 3 else 4 * share[1]
     if stage == 3:
         # Gathered to be used, and not let go again where they are few (DeepSpeed's max_live_parameters is 10^9).
-        parts["gathered weights"] = low * min(n, 10**9) if world > 1 else 0
+        gathers = world > 1 or (run.train.offload_param and not on_cpu)
+        parts["gathered weights"] = low * min(n, 10**9) if gathers else 0
     parts["gradients"] = 4 * share[2]  # the sum over micro-batches, fp32
     parts["Adam moments"] = 8 * share[1] - 4 * _of_muon(run)  # Muon has one moment
     if run.optim.ema_decay:
         parts["averaged weights"] = 4 * share[1]
     if run.train.offload_optimizer and not on_cpu:
-        parts |= {"master weights": 0, "gradients": 0, "Adam moments": 0}
+        # Stages 1 and 2 sum gradients on the device, and copy them through a buffer for the largest parameter.
+        gradients = 4 * share[2] if stage < 3 else 0
+        parts |= {"master weights": 0, "gradients": gradients, "Adam moments": 0}
         parts |= {"averaged weights": 0} if run.optim.ema_decay else {}
+        if stage < 3:
+            parts["buffer for offload"] = low * config.padded_vocab_size * config.n_embd
     if run.train.offload_param and not on_cpu:
         parts["weights"] = 0
     if on_cpu:
@@ -102,7 +107,9 @@ def memory(run: RunConfig) -> dict[str, int]:
         rows = 0 if low == 4 else 4 * min(tokens, ROWS[device.type])
         loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
     tables = 2 if on_cpu else 3  # its gradients from the head and from the embedding, on CPUs rows, and their sum
-    bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
+    bucket = round(run.train.bucket_mb * 1e6 / 4)
+    if on_cpu:
+        bucket = min(n, bucket)
     moments = [{"activations": activations, **loss}]
     if stage == 3:  # where the bucket stays
         moments[0]["bucket"] = 4 * bucket
@@ -123,7 +130,8 @@ def memory(run: RunConfig) -> dict[str, int]:
         own = min(table, low * share[2])
         reduce["of the others, summed"] = own * (world - 1 + (low == 4)) if world > 1 else 0
     elif stage:
-        reduce["bucket"] = 4 * bucket
+        # On CUDA by DeepSpeed's source, not measured: two with overlap_comm, and what is made of them on the way.
+        reduce["bucket"] = (4 if on_cpu else {1: 12, 2: 10, 3: 4}[stage]) * bucket
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]
     parts |= [*moments, reduce][sizes.index(max(sizes))]
     return parts

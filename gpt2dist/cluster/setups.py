@@ -153,8 +153,14 @@ def memory_row(run: RunConfig) -> MemoryRow:
     parts = memory(run)
     kept = memory(run.model_copy(update={"train": run.train.model_copy(update=_NO_OFFLOAD)}))
     moved = sum(max(0, size - parts.get(name, 0)) for name, size in kept.items())
-    on_host = moved if run.cluster.gpus_per_worker and (run.train.offload_optimizer or run.train.offload_param) else 0
-    return MemoryRow(options_of(run), parts, on_host)
+    if not run.cluster.gpus_per_worker:
+        return MemoryRow(options_of(run), parts, 0)
+    numbers, world = arithmetic(run), run.cluster.max_workers
+    snapshot = -(-numbers["checkpoint_bytes"] // world)  # of the state, while it is saved
+    moved = moved if run.train.offload_optimizer or run.train.offload_param else 0
+    if run.train.offload_optimizer and run.train.zero_stage < 3:  # summed on the device, then copied
+        moved += 4 * -(-numbers["parameters_padded"] // world)
+    return MemoryRow(options_of(run), parts, moved + snapshot)
 
 
 _NO_OFFLOAD = {"offload_optimizer": False, "offload_param": False}
@@ -211,7 +217,7 @@ def why_not(run: RunConfig, candidate: Candidate, machines: int, row: MemoryRow)
         return f"needs {row.total / 1e9:.1f} GB, {limit / 1e9:.1f} GB are safe to use"
     on_host, host = each * (row.host_bytes + int(PROCESS_GIB * GIB)), int(HOST_SHARE * machine.memory_gib * GIB)
     if on_host > host:
-        return f"offload needs {on_host / 1e9:.0f} GB of host memory, {host / 1e9:.0f} GB are safe to use"
+        return f"needs {on_host / 1e9:.0f} GB of host memory, {host / 1e9:.0f} GB are safe to use"
     return ""
 
 

@@ -41,6 +41,13 @@ class Room:
         except ray.exceptions.RayError as e:  # the head is busy, or away, which is no reason to end a run
             return f"waiting for an answer of Ray's head ({type(e).__name__})"
 
+    def nothing_runs(self) -> bool:
+        """Whether no worker group has its room, and there is none to be had now; not where nobody answers."""
+        try:
+            return not self._placed() and bool(self._missing())
+        except ray.exceptions.RayError:
+            return False
+
     def _missing(self) -> str:
         reply = autoscaler_pb2.GetClusterStatusReply()
         reply.ParseFromString(global_worker.gcs_client.get_cluster_status(timeout_s=TIMEOUT_S))

@@ -87,7 +87,7 @@ def plan(
     assumptions = setups.Assumptions(value, source, **assumed)
     result = setups.Planner(run, known, assumptions, head).result(candidates)
     if as_json:
-        click.echo(to_json({"config": run.model_dump(mode="json"), **result}))
+        click.echo(to_json({"config": run.for_record().model_dump(mode="json"), **result}))
     else:
         planned.show(make_console(), run, result)
     if not any(setup["fits"] for setup in result["as_written"]):

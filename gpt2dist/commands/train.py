@@ -85,7 +85,12 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
                     console.print(f"metrics at {url}")
                 observe = gauges.Gauges(run.name, job.run.run_dir).update
                 room = Room(run)
-                live.follow(run, console, job.done, started, observe, lambda: job.waits_for or room.missing())
+
+                def over() -> bool:
+                    """Also where a stop was requested while the run waits for machines: all is saved."""
+                    return job.done() or (job.stopping and room.nothing_runs())
+
+                live.follow(run, console, over, started, observe, lambda: job.waits_for or room.missing())
                 try:
                     job.check()
                 except launch.TrainingFailed as e:
@@ -164,9 +169,10 @@ def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], N
         seen.append(signum)
         if len(seen) > 1 or not actions:
             os._exit(128 + signum)
-        console.print("saving after this step, then ending; once more to end at once")
         for action in actions:
             action()
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            console.print("saving after this step, then ending; once more to end at once")
 
     def on_stop(action: Callable[[], None]) -> None:
         actions.append(action)

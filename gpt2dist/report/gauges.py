@@ -75,15 +75,15 @@ class Gauges:
         }
         self._values: dict[tuple[str, str], float] = {}  # (name, part)
         self._next_goodput = 0.0
+        self._turned = 0.0  # when the newest worker group came or went
         self._saved_at = time.time()
 
     def update(self, events: Iterable[dict[str, Any]], metrics: list[dict[str, Any]]) -> None:
         """Set all of them from the newest events and the newest lines of metrics, oldest first."""
-        turned = 0.0  # when the newest worker group came or went
         for event in events:
             kind = event["event"]
             if kind in ("launch", "restart", "start", "failure", "end"):
-                turned = event["time"]
+                self._turned = max(self._turned, event["time"])
             if kind == "start":
                 self._set("workers", event["world_size"])
                 self._set("attempts", event["attempt"])
@@ -94,7 +94,7 @@ class Gauges:
                 self._set("checkpoint_step", event["step"])
                 self._saved_at = max(self._saved_at, event["time"])
         if metrics:
-            self._line(metrics[-1], at_work=metrics[-1].get("time", 0.0) > turned)
+            self._line(metrics[-1], at_work=metrics[-1].get("time", 0.0) > self._turned)
             self._set("steps", metrics[-1]["step"] + 1)
         for line in metrics:
             if "val_loss" in line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from gpt2dist.train import rundir
 
 POLL_S, REMOTE_POLL_S = 0.25, 2.0
 """Between two looks at the run directory; each is some requests to an object store."""
+EVENT_PARTS = 8
+"""Of a log on an object store, where many write: so many last objects may hold news."""
 PIPE_INTERVAL_S = 20.0
 WAIT_S, WAIT_LOOK_S, WAIT_AGAIN_S = 5.0, 2.0, 60.0
 """Workers are waited for so long before a word is said; between two looks; on a pipe, until the same is said again."""
@@ -53,7 +56,7 @@ def follow(
                 if event["time"] > since:
                     since = event["time"]
                     if text := describe(event):
-                        view.say(text)
+                        _shown(view.say, text)
                     if event["event"] == "start":
                         first_step = event["step"]
                         wait.over()
@@ -64,15 +67,22 @@ def follow(
                 wait.begin(time.time())
             if metrics and first_step is not None and metrics[-1]["step"] >= first_step:
                 wait.over()
-                view.show(metrics[-1])
+                _shown(view.show, metrics[-1])
             elif not finished and (news := wait.look()):
-                view.wait(*news)
+                _shown(view.wait, *news)
             full = _is_full(run)
             if full and not was_full:  # then nothing new can be read either
-                view.say(f"the disk of {run.run_dir} is full: training goes on, but nothing can be saved; make room")
+                what = f"the disk of {run.run_dir} is full: training goes on, but nothing can be saved; make room"
+                _shown(view.say, what)
             was_full = full
             if not finished:
                 _sleep(poll_s, done)
+
+
+def _shown(show: Callable[..., None], *what: Any) -> None:
+    """A terminal that has gone, or whose file's disk is full, is no reason to end a run."""
+    with contextlib.suppress(OSError):
+        show(*what)
 
 
 class _Wait:
@@ -108,8 +118,8 @@ class _Wait:
 def _tails(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The last events and metrics; nothing while the storage is away, which is the workers' concern."""
     try:
-        return rundir.events_log(run.run_dir).tail(), rundir.metrics_log(run.run_dir).tail(4096)
-    except StorageError:
+        return rundir.events_log(run.run_dir).tail(parts=EVENT_PARTS), rundir.metrics_log(run.run_dir).tail(4096)
+    except (OSError, StorageError):
         return [], []
 
 

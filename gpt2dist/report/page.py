@@ -126,13 +126,12 @@ def _facts(
 
 
 def _state(events: list[dict[str, Any]]) -> str:
-    last = next(
-        (e for e in reversed(events) if e["event"] in ("end", "launch", "start", "failure", "exit")), events[-1]
-    )
-    ends = [e for e in events if e["event"] == "end"]
-    if last["event"] in ("end", "exit") and ends:
-        return str(ends[-1]["reason"])
-    return "failed" if last["event"] == "exit" else f"not ended, last heard of {_utc(events[-1]['time'])} UTC"
+    kinds = ("end", "launch", "start", "failure", "exit")
+    last = next((e for e in reversed(events) if e["event"] in kinds), events[-1])
+    if last["event"] == "exit":  # how the last worker group, or the command without one, had ended
+        last = next((e for e in reversed(events) if e["event"] in kinds[:-1]), last)
+        return str(last["reason"]) if last["event"] == "end" else "failed"
+    return str(last["reason"]) if last["event"] == "end" else f"not ended, last heard of {_utc(events[-1]['time'])} UTC"
 
 
 def _event(event: dict[str, Any], text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How workers on CPUs get memory for tensors from the system."""
+"""What processes of workers on CPUs begin with: how tensors get memory from the system, and no GPU in sight."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def cpu_worker_environment() -> dict[str, str]:
     """Environment variables with which what tensors have freed stays with the process for the next ones, as on CUDA.
 
     A step frees and takes as much as it needs of memory, and pages from the system have to be cleared each time. For
-    the same reason large tensors lie in huge pages. A LD_PRELOAD that is there stays as it is.
+    the same reason large tensors lie in huge pages. A LD_PRELOAD that is there stays as it is. On a machine with a GPU
+    DeepSpeed would choose that, whatever the run file says.
     """
-    huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch's
+    always = {"THP_MEM_ALLOC_ENABLE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if not JEMALLOC.exists() or os.environ.get("LD_PRELOAD"):
-        return huge_pages
+        return always
     keep = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
-    return huge_pages | {"LD_PRELOAD": str(JEMALLOC), "MALLOC_CONF": keep}
+    return always | {"LD_PRELOAD": str(JEMALLOC), "MALLOC_CONF": keep}

@@ -108,6 +108,8 @@ class Engine:
             _build_cpu_collectives()
             # DeepSpeed refuses fp16 on CPUs that have no units for it; torch computes it on all.
             get_accelerator().is_fp16_supported = lambda: True
+        else:
+            os.environ["LOCAL_RANK"] = str(device.index or 0)  # which DeepSpeed takes for the number of the device
         deepspeed.init_distributed(dist_init_required=False)
         replace_parts(device, self.world_size)
         config = _deepspeed_config(run, self.world_size, self.gas, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import Split
 from gpt2dist.model.evaluate import Score, evaluate
-from gpt2dist.storage import location, publish, read_bytes, remove_tree
+from gpt2dist.storage import location, remove_tree
 from gpt2dist.train.allocator import cpu_worker_environment
 from gpt2dist.train.launch import failed, ray_storage
 from gpt2dist.train.saved import SavedModel, open_model
@@ -106,7 +105,7 @@ def on_ray(e: Evaluation, workers: int, cpus_per_worker: float, gpus_per_worker:
     with _scratch(e) as scratch:
         trainer = TorchTrainer(
             _evaluate_share,
-            train_loop_config={"evaluation": asdict(e), "result": str(scratch / "score.json")},
+            train_loop_config=asdict(e),
             torch_config=TorchConfig(backend="gloo"),  # three numbers travel
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
@@ -117,10 +116,9 @@ def on_ray(e: Evaluation, workers: int, cpus_per_worker: float, gpus_per_worker:
             ),
         )
         try:
-            trainer.fit()
+            return Score(**trainer.fit().return_value)
         except ray.train.TrainingFailedError as error:
             raise failed(error) from error
-        return Score(**json.loads(read_bytes(scratch / "score.json")))
 
 
 @contextlib.contextmanager
@@ -137,9 +135,9 @@ def _scratch(e: Evaluation) -> Iterator[UPath]:
         remove_tree(directory)
 
 
-def _evaluate_share(config: dict[str, Any]) -> None:
-    """Every world-th batch; the sums are added up in fp64, and rank 0 writes them."""
-    e = Evaluation(**config["evaluation"])
+def _evaluate_share(config: dict[str, Any]) -> dict[str, Any]:
+    """The score; each rank computes every world-th batch, and the sums are added up in fp64."""
+    e = Evaluation(**config)
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens = e.open()
     ids = e.ids(tokens)
@@ -148,6 +146,4 @@ def _evaluate_share(config: dict[str, Any]) -> None:
     score = sum((part for share in mine for part in evaluate(model, tokens, share, e.batch)), Score())
     total = torch.tensor([score.loss_sum, score.correct, score.tokens], dtype=torch.float64)
     dist.all_reduce(total)
-    if rank == 0:
-        score = Score(total[0].item(), int(total[1]), int(total[2]))
-        publish(location(config["result"]), json.dumps(asdict(score)).encode())
+    return asdict(Score(total[0].item(), int(total[1]), int(total[2])))

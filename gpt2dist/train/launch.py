@@ -122,6 +122,7 @@ class TrainJob:
         self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
         self.waits_for = ""
         """What keeps the next worker group from starting; nothing: not this process."""
+        self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -131,8 +132,27 @@ class TrainJob:
         return not self._thread.is_alive()
 
     def request_stop(self) -> None:
-        """Save after the current step, and end."""
-        rundir.request(self.run.run_dir, rundir.STOP)
+        """Save after the current step, and end. Tried again while the storage is away."""
+        self._stop.set()
+        threading.Thread(target=self._ask_to_stop, daemon=True).start()
+
+    def _ask_to_stop(self) -> None:
+        while not self.done():
+            with contextlib.suppress(OSError, StorageError):
+                rundir.request(self.run.run_dir, rundir.STOP)
+                return
+            time.sleep(1.0)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `request_stop` was called."""
+        return self._stop.is_set()
+
+    def _requested(self) -> str:
+        """Nothing while the storage is away."""
+        with contextlib.suppress(OSError, StorageError):
+            return rundir.requested(self.run.run_dir)
+        return ""
 
     def left(self) -> None:
         """Log that the command has ended; at its very end, so that it is known until when it took time."""
@@ -181,8 +201,9 @@ class TrainJob:
                 failures = 0
                 if end == "rewound":
                     self._resolve()
-            if rundir.requested(self.run.run_dir) == rundir.RESIZE:
-                rundir.withdraw(self.run.run_dir)
+            if self._requested() == rundir.RESIZE:
+                with contextlib.suppress(OSError, StorageError):
+                    rundir.withdraw(self.run.run_dir)
             self._events.try_append({"time": time.time(), "event": "restart"})
 
     def _log_preemption(self, error: BaseException) -> None:
@@ -220,7 +241,7 @@ class TrainJob:
     def _stopped_while_waiting(self, seconds: float) -> bool:
         """Wait before the next start; whether the end was asked for meanwhile, when no worker could see it."""
         end = time.monotonic() + seconds
-        while rundir.requested(self.run.run_dir) != rundir.STOP:
+        while not self.stopping and self._requested() != rundir.STOP:
             if time.monotonic() >= end:
                 return False
             time.sleep(min(1.0, seconds))

@@ -5,6 +5,7 @@ config.toml (resolved), checkpoints/, metrics.jsonl, ledger.jsonl, events.jsonl,
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -116,7 +117,9 @@ class Requests:
     def newest(self) -> str:
         """What `requested` said last; nothing while the storage is away."""
         if self._local:
-            return requested(self.run_dir)
+            with contextlib.suppress(OSError):
+                return requested(self.run_dir)
+            return ""
         found = ""
         if self._look is not None and self._look.done():
             found = "" if self._look.exception() else self._look.result()

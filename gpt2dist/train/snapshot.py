@@ -81,6 +81,8 @@ class Snapshot:
             table = {"parameter": f.parameter, "kind": f.kind, "start": f.start, "length": length, "file": self.file}
             self.table.append(SavedFragment.model_validate(table))
         self._header = header({f.key: f.length for f in self.table})
-        pinned = bool(fragments) and fragments[0].tensor.is_cuda
         # Zeros: touched now, not in the first save.
-        self._data = torch.zeros(sum(f.length for f in self.table), pin_memory=pinned)
+        self._data = torch.zeros(sum(f.length for f in self.table))
+        if fragments and fragments[0].tensor.is_cuda and len(self._data):
+            # As it is: torch's pin_memory takes the next power of two. Where it fails, copies are slower.
+            torch.cuda.cudart().cudaHostRegister(self._data.data_ptr(), 4 * len(self._data), 0)  # type: ignore[no-untyped-call]

@@ -38,7 +38,7 @@ class Watchdog:
     def __init__(self, run: RunConfig, rank: int, attempt: int, gather: Callable[[Any], list[Any]]) -> None:
         """`gather`: every rank's item, in order of rank; a collective."""
         self.run, self.rank, self.attempt = run, rank, attempt
-        here = socket.gethostname()
+        here = _machine()
         others = enumerate(gather((here, os.getpid())))
         self.neighbours = {other: pid for other, (host, pid) in others if host == here and other != rank}
         self.timeout = run.cluster.hang_timeout_s
@@ -81,6 +81,14 @@ class Watchdog:
     def _write(self, rank: int, text: str) -> None:
         name = f"attempt-{self.attempt}-rank-{rank:05d}.txt"
         publish(location(self.run.run_dir) / rundir.STACKS / name, text.encode())
+
+
+def _machine() -> tuple[str, ...]:
+    """What processes have in common whose ids mean the same: host names are not unique, containers have own ids."""
+    boot, ids = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):
+        return socket.gethostname(), boot.read_text(), os.readlink(ids)
+    return (socket.gethostname(),)
 
 
 def _own_stacks() -> str:

@@ -205,17 +205,19 @@ def _gather(partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_gro
 def _norm_of_own(zero: Any, gradients: list[Tensor], _params: Any, norm_type: float = 2) -> Tensor:
     """2-norm of the gradients of all ranks' parts; DeepSpeed makes a fp64 copy of each gradient first."""
     assert norm_type == 2
-    return _over_ranks(zero, [norm(g) for g in gradients if not getattr(g, "_zero_padding", False)])
+    return _over_ranks(zero, [norm(g) for g in gradients if not getattr(g, "_zero_padding", False)], zero.device)
 
 
 def _norm_of_offloaded(zero: Any, params: Iterable[Tensor]) -> Tensor:
     """The same where gradients lie in the CPU's memory; DeepSpeed adds up the ranks' squares in fp32."""
-    return _over_ranks(zero, [zero.norm_for_param_grads[zero.get_param_id(p)].to(zero.device) for p in params])
+    device = zero.temp_grad_buffer_for_gpu_offload.device  # the group may know no other: NCCL's does not
+    norms = [zero.norm_for_param_grads[zero.get_param_id(p)].to(device) for p in params]
+    return _over_ranks(zero, norms, device).to(zero.device)
 
 
-def _over_ranks(zero: Any, norms: Sequence[Tensor]) -> Tensor:
+def _over_ranks(zero: Any, norms: Sequence[Tensor], device: torch.device) -> Tensor:
     """2-norm of what has these 2-norms, fp64 scalars, on all ranks."""
-    total = torch.stack([*norms, torch.zeros((), dtype=torch.float64, device=zero.device)]).square().sum()
+    total = torch.stack([*norms, torch.zeros((), dtype=torch.float64, device=device)]).square().sum()
     dist.all_reduce(total, group=zero.dp_process_group)
     result = total.sqrt().float()
     return torch.where(result.isfinite(), result, -1.0)  # which DeepSpeed's has there

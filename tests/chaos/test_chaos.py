@@ -85,6 +85,9 @@ def test_what_cannot_be_broken_is_refused(make_data: Callable[..., str], tmp_pat
         chaos.compare(run, ["kill-moon"], 0, print)
     with pytest.raises(UserError, match="chaos damages files"):
         chaos.compare(tiny_run(storage="s3://bucket/runs", data__path=run.data.path), ["kill-worker"], 0, print)
+    gpu = tiny_run(storage=str(tmp_path), data__path=run.data.path, cluster__gpus_per_worker=1)
+    with pytest.raises(UserError, match="cluster.gpus_per_worker.*--set cluster.gpus_per_worker=0"):
+        chaos.compare(gpu, ["kill-worker"], 0, print)
     (tmp_path / "run-chaos").mkdir()
     with pytest.raises(UserError, match="run-chaos: is there already"):
         chaos.compare(run, ["kill-worker"], 0, print)

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from gpt2dist.cluster.local import LocalCluster
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import consumed
 from gpt2dist.train import rundir
@@ -206,6 +207,23 @@ def test_killed_worker_restarts_and_ctrl_c_saves(make_data: Callable[..., str], 
     text = gpt2dist("generate", run.run_dir, "--prompt", "import os", "--max-tokens", "5")
     assert text.returncode == 0
     assert text.stdout.startswith("import os")
+
+
+def test_stopped_while_it_waits_for_room(make_data: Callable[..., str], tmp_path: Path) -> None:
+    """No worker is there that could save and end; all is saved that there is."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), cluster__workers=2, cluster__cpus_per_worker=3)
+    printed = tmp_path / "printed"
+    with LocalCluster(head_cpus=4) as cluster, printed.open("wb") as out:
+        command = [*CLI, "train", str(write(run, tmp_path))]
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=cluster.env)
+        try:
+            wait_for(lambda: "waiting for 2 workers" in printed.read_text(), 60)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0, printed.read_text()
+        finally:
+            process.kill()
+    assert "saving after this step" in printed.read_text()
+    assert events(run, "start") == []
 
 
 @pytest.mark.timeout(240)

@@ -44,3 +44,12 @@ def test_a_step_takes_no_memory_from_the_system(monkeypatch: pytest.MonkeyPatch)
 def test_a_preloaded_library_of_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "libtheirs.so")
     assert "LD_PRELOAD" not in cpu_worker_environment()
+
+
+def test_a_worker_on_cpus_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine that has some; DeepSpeed would take them."""
+    program = "from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_name())"
+    env = {**os.environ, **cpu_worker_environment()}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "cpu"
+    assert env["CUDA_VISIBLE_DEVICES"] == ""

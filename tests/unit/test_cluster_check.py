@@ -283,14 +283,27 @@ MISTAKES = {
         "warning",
     ),
     # ---- versions
+    "no image for all": Mistake(
+        CLUSTER, "  image: rayproject", "  # rayproject", "docker-image", "docker.image", "image: the worker's"
+    ),
     "another Ray in the image": Mistake(
-        CLUSTER, "ray:2.60.0-py311-gpu", "ray:2.59.0-py311-gpu", "ray-version", "docker.worker_image", "2.60.0-py311"
+        CLUSTER,
+        "worker_image: rayproject/ray:2.60.0-py311-gpu",
+        "worker_image: rayproject/ray:2.59.0-py311-gpu",
+        "ray-version",
+        "docker.worker_image",
+        "2.60.0-py311",
     ),
     "another Python in the image": Mistake(
         CLUSTER, "ray:2.60.0-py311-cpu", "ray:2.60.0-py312-cpu", "python-version", "docker.head_image", "2.60.0-py311"
     ),
     "image not pinned": Mistake(
-        CLUSTER, "ray:2.60.0-py311-gpu", "ray:latest", "image-pinned", "docker.worker_image", "2.60.0-py311"
+        CLUSTER,
+        "worker_image: rayproject/ray:2.60.0-py311-gpu",
+        "worker_image: rayproject/ray:latest",
+        "image-pinned",
+        "docker.worker_image",
+        "2.60.0-py311",
     ),
     "another Ray installed": Mistake(
         CLUSTER,
@@ -449,8 +462,8 @@ MISTAKES = {
     # ---- KubeRay
     "restart policy with autoscaler v2": Mistake(
         FLEET,
-        "      tolerations:",
-        "      restartPolicy: Always\n          tolerations:",
+        "          tolerations: [{key: nvidia.com/gpu",
+        "          restartPolicy: Always\n          tolerations: [{key: nvidia.com/gpu",
         "restart-policy",
         "spec.workerGroupSpecs[0].template.spec.restartPolicy",
         "Never",
@@ -787,6 +800,31 @@ def test_a_file_full_of_nonsense_gives_findings_not_tracebacks(repository: Path)
                 (repository / file).write_text("\n".join([*lines[:number], f"{key[1]}: {value}", *rest]))
                 with contextlib.suppress(UserError):
                     found(repository, file)
+
+
+def test_what_ray_and_kuberay_accept_is_no_mistake(repository: Path) -> None:
+    """Numbers that Ray asks the cloud for, another way to write a variable, a fleet of fixed size."""
+    text = (ROOT / CLUSTER).read_text()
+    for before, after in (
+        ("    resources: {CPU: 8, GPU: 1}\n", ""),
+        ("    resources: {CPU: 96, GPU: 8}\n", "    resources: {}\n"),
+        ("InstanceType: p4d.24xlarge", "InstanceType: c7a.8xlarge"),
+        ("--address=$RAY_HEAD_IP:6379", "--address=${RAY_HEAD_IP}:6379"),
+        (
+            "      InstanceType: m7i.xlarge",
+            "      LaunchTemplate: {LaunchTemplateId: lt-1, Version: 2}\n      InstanceType: m7i.xlarge",
+        ),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    (repository / CLUSTER).write_text(text)
+    assert [f for f in found(repository, CLUSTER, RUN_124M) if f.severity == "error"] == []
+
+    text = (ROOT / FLEET).read_text()
+    text = text.replace("enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false")
+    text = text.replace("        maxReplicas: 4\n", "").replace("        replicas: 0\n", "        replicas: 4\n")
+    (repository / FLEET).write_text(text)
+    assert [f for f in found(repository, FLEET, RUN_124M) if f.severity == "error"] == []
 
 
 def test_a_template_is_no_manifest(repository: Path) -> None:

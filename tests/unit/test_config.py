@@ -73,6 +73,11 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"train__offload_param": True}, "train: offload_param needs zero_stage 3"),
         ({"checkpoint__every_minutes": "hourly"}, 'checkpoint.every_minutes: 0 or more minutes, or auto, got "hourly"'),
         ({"checkpoint__every_minutes": -1}, "checkpoint.every_minutes: 0 or more minutes, or auto, got -1"),
+        (
+            {"cluster__gpus_per_worker": 0.5},
+            "cluster: gpus_per_worker = 0.5: 0 or 1, since NCCL wants a GPU for each worker",
+        ),
+        ({"prepare__sources": "https://u:pw@h/a.txt?sig=S"}, 'a valid list, got "https://h/a.txt"'),
         ({"train__spike": float("inf")}, "train.spike: input should be a finite number, got Infinity"),
         ({"optim__betas": [0.9, float("nan")]}, "optim.betas.1: input should be a finite number, got NaN"),
         ({"train__bucket_mb": 0}, "train.bucket_mb: input should be greater than or equal to 0.1, got 0"),

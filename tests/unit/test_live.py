@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from gpt2dist.report import live
+from gpt2dist.report.console import make_console
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
 
@@ -58,3 +61,31 @@ def test_what_a_run_waits_for_is_said_once_and_again_when_it_changes(
         "failed: worker 0: its process died",
         "room for 1",
     ]
+
+
+def test_a_terminal_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
+    """Its file lies on a full disk, or nobody reads the pipe any more."""
+    run = tiny_run(storage=str(tmp_path))
+    log = rundir.events_log(run.run_dir)
+    log.append({"time": 1.0, "event": "start", "attempt": 1, "world_size": 2, "step": 0, "redone_steps": 0})
+    rundir.metrics_log(run.run_dir).append({"step": 4, "loss": 2.0, "lr": 1e-3, "tokens_per_s": 10.0})
+    reader, writer = os.pipe()
+    os.close(reader)
+    for place in ("/dev/full", writer):
+        with contextlib.suppress(OSError), open(place, "w") as file:
+            console = make_console(file)
+            with pytest.raises(OSError, match=".*"):
+                console.print("x" * 10_000)
+            looks = iter([False, False, True])
+            live.follow(run, console, lambda looks=looks: next(looks, True), 0.0)  # type: ignore[misc]
+            assert next(looks, None) is None
+
+
+def test_storage_that_is_away_ends_no_run(tmp_path: Path) -> None:
+    """Whatever the file system calls it: here, too many levels of symbolic links."""
+    run = tiny_run(storage=str(tmp_path))
+    Path(run.run_dir).symlink_to(run.run_dir)
+    with pytest.raises(OSError, match="symbolic"):
+        rundir.requested(run.run_dir)
+    assert live._tails(run) == ([], [])
+    assert rundir.Requests(run.run_dir).newest() == ""

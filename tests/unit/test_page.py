@@ -18,7 +18,7 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
 from gpt2dist.model.gpt2 import GPT2, GPT2Config
-from gpt2dist.report import plots
+from gpt2dist.report import page, plots
 from gpt2dist.report.history import attempts, words
 from gpt2dist.train import ledger, rundir
 from gpt2dist.train.resume import order_id
@@ -162,6 +162,17 @@ def test_a_page_that_cannot_be_written_is_one_line(run: RunConfig) -> None:
         2,
         f"error: {run_dir}: report.html: cannot be written: Is a directory\n",
     )
+
+
+def test_how_a_run_stands() -> None:
+    def state(*kinds: str) -> str:
+        return page._state([{"event": kind, "time": 0.0, "reason": "stopped"} for kind in kinds])
+
+    assert state("launch", "start", "end", "exit") == "stopped"
+    assert state("launch", "start", "end", "exit", "launch", "start", "failure", "exit") == "failed"
+    assert state("launch", "start", "end", "exit", "launch", "exit") == "failed"
+    assert state("launch", "start", "end") == "stopped"
+    assert state("launch", "start", "end", "restart", "start").startswith("not ended")
 
 
 def test_what_is_not_finite_leaves_a_gap() -> None:

@@ -141,8 +141,25 @@ def test_two_writers_lose_nothing(remote: UPath) -> None:
     logs = [JsonLines(remote / "log.jsonl") for _ in range(3)]
     for i in range(9):
         logs[i % 3].append({"i": i})
-    assert sorted(r["i"] for r in logs[0].read()) == list(range(9))
-    assert names(remote) == {"log.jsonl", "log.1.jsonl", "log.2.jsonl"}
+    assert [r["i"] for r in logs[0].read()] == list(range(9))  # in their order
+    assert [r["i"] for r in logs[0].tail(parts=4)] == [5, 6, 7, 8]
+    logs[2].append({"i": 9})  # nobody came after it
+    assert [r["i"] for r in logs[0].tail()] == [8, 9]
+
+
+def test_a_log_that_was_copied_to_disk(remote: UPath, tmp_path: Path) -> None:
+    """With all its parts; who goes on writes into the last one."""
+    for i in range(3):
+        JsonLines(remote / "log.jsonl").append({"i": i}, {"i": 10 + i})
+    for path in remote.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    log = JsonLines(UPath(tmp_path) / "log.jsonl")
+    assert [r["i"] for r in log.read()] == [0, 10, 1, 11, 2, 12]
+    assert [r["i"] for r in log.keep(lambda r: r["i"] < 10)] == [10, 11, 12]
+    log.append({"i": 3})
+    log.sync()
+    assert [r["i"] for r in log.tail()] == [2, 3]
+    assert [r["i"] for r in JsonLines(UPath(tmp_path) / "log.jsonl").read()] == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------------- the cache

@@ -103,6 +103,9 @@ def check_node(document: Document, name: str, known: Machines) -> None:
     schema = ec2_input("RunInstances")
     ours = {"SubnetIds": {"type": "array", "items": {"type": "string"}}}
     known_keys = {**schema, "properties": schema["properties"] | ours}
+    template = config.get("LaunchTemplate")
+    if isinstance(template, dict) and isinstance(template.get("Version"), int):  # Ray makes a text of it
+        config = {**config, "LaunchTemplate": {**template, "Version": str(template["Version"])}}
     if not check_schema(document, "node-config", known_keys, config, config_path):
         return
     for key, fix in SET_BY_RAY.items():

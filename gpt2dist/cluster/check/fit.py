@@ -85,6 +85,8 @@ def _room(document: Document, run_file: RunFile, cluster: Cluster) -> None:
         fix = "labels: {ray.io/accelerator-type: …} of the node type, or another cluster.accelerator"
         run_file.add("error", "fit", "cluster.accelerator", f"no workers with {c.accelerator} ({have})", fix)
         return
+    if any(group.machine is None and not group.cpus for group in wanted):  # of unknown size: Ray asks the cloud
+        return
     each = {group.name: workers_on(run, group) for group in wanted}
     able = [group for group in wanted if each[group.name] and group.most]
     needs = f"{c.cpus_per_worker:g} CPUs" + (f" and {c.gpus_per_worker:g} GPUs" if c.gpus_per_worker else "")

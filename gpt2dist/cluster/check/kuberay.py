@@ -269,6 +269,8 @@ def _autoscaler(document: Document, spec: Path) -> None:
     for i in range(len(document.items(*spec, "workerGroupSpecs"))):
         group: Path = (*spec, "workerGroupSpecs", i)
         least, most = document.number(*group, "minReplicas"), document.number(*group, "maxReplicas")
+        if document.at(*spec, "enableInTreeAutoscaling") is not True:
+            continue  # there are `replicas` of them
         if most is None:
             document.error("max-workers", (*group, "maxReplicas"), "is missing: no limit to the cost", "maxReplicas: 4")
         elif (least or 0) > most:
@@ -452,6 +454,7 @@ def _claims(document: Document, group: Path) -> set[str]:
 def _cluster(document: Document, spec: Path, known: Machines) -> Cluster:
     groups = []
     common = _claims(document, (*spec, "headGroupSpec"))
+    count = "maxReplicas" if document.at(*spec, "enableInTreeAutoscaling") is True else "replicas"
     for i, worker in enumerate(document.items(*spec, "workerGroupSpecs")):
         path: Path = (*spec, "workerGroupSpecs", i)
         limits = document.table(*_container(document, path), "resources", "limits")
@@ -462,8 +465,8 @@ def _cluster(document: Document, spec: Path, known: Machines) -> Cluster:
             Group(
                 name=worker["groupName"],
                 path=path,
-                most=worker.get("maxReplicas", 0),
-                most_path=(*path, "maxReplicas"),
+                most=worker.get(count, 0),
+                most_path=(*path, count),
                 cpus=_quantity(own.get("CPU") or params.get("num-cpus") or limits.get("cpu", 0)),
                 gpus=_quantity(own.get("GPU") or params.get("num-gpus") or limits.get(GPU, 0)),
                 accelerator=(worker.get("labels") or {}).get("ray.io/accelerator-type", ""),

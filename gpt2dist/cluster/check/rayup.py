@@ -64,13 +64,17 @@ def todo(document: Document) -> list[str]:
 def _ray_accepts(document: Document) -> bool:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = document.value
+    config = copy.deepcopy(document.value)
+    if document.at("provider", "type") == "aws":  # where Ray fills them in before it looks
+        for name in document.table("available_node_types"):
+            if isinstance(node := config["available_node_types"][name], dict):
+                node.setdefault("resources", {})
     if not check_schema(document, "ray-schema", ray_up(), config):
         return False
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         logging.disable(logging.INFO)
         try:
-            validate_config(prepare_config(copy.deepcopy(config)))
+            validate_config(prepare_config(config))
         except Exception as e:
             message = str(e) or type(e).__name__
             key = next((k for k in ("head_node_type", "max_workers", "docker", "provider") if k in message), "")
@@ -133,6 +137,9 @@ def _docker(document: Document, pins: Pins) -> None:
             check_image(document, ("docker", key), image, pins)
     if not docker.get("container_name"):
         return
+    if not docker.get("image"):
+        what = "is missing: autoscaler v2 reads it beside head_image and worker_image, and no worker ever joins"
+        document.error("docker-image", ("docker", "image"), what, "image: the worker's")
     places: dict[Path, list[str]] = {("docker", "head_run_options"): document.strings("docker", "head_run_options")}
     for name in document.table("available_node_types"):
         if name != document.at("head_node_type"):
@@ -218,7 +225,7 @@ def _start(document: Document) -> None:
                 document.error("ray-start", where, "without --autoscaling-config no worker is ever started", fix)
         elif options.get("head"):
             document.error("ray-start", where, "a worker with --head is a cluster of its own", "remove --head")
-        elif options.get("address") != f"$RAY_HEAD_IP:{port}":
+        elif options.get("address") not in (f"$RAY_HEAD_IP:{port}", f"${{RAY_HEAD_IP}}:{port}"):
             what = f"--address is {options.get('address')}: these nodes do not find the head"
             document.error("ray-start", where, what, f"--address=$RAY_HEAD_IP:{port}")
 
