@@ -483,7 +483,7 @@ def read_file(path: str | Path) -> bytes:
 def parse_table(data: bytes, source: str) -> dict[str, Any]:
     """The table of a TOML file's content; `source` names it in error messages. Raises `UserError`."""
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # some editors on Windows begin files with a mark
     except UnicodeDecodeError as e:
         raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:

@@ -82,6 +82,7 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["weights"] = 0
     if on_cpu:
         parts["beside tensors"] = BESIDE_TENSORS
+        parts["copy while saving"] = -(-arithmetic(run)["checkpoint_bytes"] // world)
     tokens = run.batch.micro_sequences * run.data.seq_len
     device = torch.device("cpu" if on_cpu else "cuda")
     dtype = DTYPES[run.train.precision]

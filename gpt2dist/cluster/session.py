@@ -101,8 +101,13 @@ def _start(num_cpus: int, num_gpus: int) -> str:
     Ray gives itself 30 s: beside a burst of other load a second try helps.
 
     Raises:
-        UserError: it does not start.
+        UserError: it does not start, or the machine has fewer GPUs.
     """
+    if num_gpus:
+        import torch
+
+        if (have := torch.cuda.device_count()) < num_gpus:
+            raise UserError(f"cluster.gpus_per_worker: {num_gpus} GPUs are needed, this machine has {have} for torch")
     problem = ""
     for _ in range(STARTS):
         temporary = temporary_directory()

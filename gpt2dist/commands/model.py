@@ -38,6 +38,7 @@ model_argument = click.argument("location", metavar="RUN_DIR|HF_DIR")
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; +1 for each more."
 )
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(min=1), help="Texts computed together.")
+@step_option
 @ema_option
 @precision_option
 @json_option
@@ -51,6 +52,7 @@ def generate(
     samples: int,
     seed: int,
     batch: int,
+    step: int | None,
     ema: bool,
     precision: str,
     as_json: bool,
@@ -72,7 +74,7 @@ def generate(
     starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
     seeds = [seed + i % samples for i in range(len(starts))]
     sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
-    saved = open_model(location, ema=ema)
+    saved = open_model(location, step, ema=ema)
     encoding = tokenizer.load(saved.vocab_dir)
     model = saved.load(precision)
     texts = [""] * len(starts)

@@ -103,7 +103,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     if as_json:
         click.echo(to_json(_outcome(run)))
     else:
-        tables.finished(make_console(), run, time.time() - started, run_file)
+        tables.finished(make_console(), run, time.time() - started, run_file, overrides)
 
 
 def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
@@ -161,7 +161,7 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], None]]:
-    """First SIGINT or SIGTERM: do what was given to the yielded function (save and end). Second: exit at once."""
+    """First SIGINT, SIGTERM or SIGHUP: what was given to the yielded function (save and end). Second: exit at once."""
     actions: list[Callable[[], None]] = []
     seen: list[int] = []
 
@@ -179,7 +179,8 @@ def _stop_signals(console: Console) -> Iterator[Callable[[Callable[[], None]], N
         for number in previous:  # once more: Ray, which has started meanwhile, puts its own in the place of SIGTERM's
             signal.signal(number, handle)
 
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # of nohup
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, *hang_up)}
     try:
         yield on_stop
     finally:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -279,10 +280,15 @@ def _finish(p: PrepareSection, request: dict[str, Any], parts: list[Part], chunk
     splits: dict[Split, list[Shard]] = {"train": [], "val": []}
     for split, shards in splits.items():
         shards.extend(shard for part in parts for shard in part.shards[split])
-    if not splits["train"]:
-        raise UserError("prepare.sources: no document went to the training split: the data set would be empty")
     counts = [_count(without_secrets(name), i, parts) for i, name in enumerate(p.sources)]
     read, kept = (sum(getattr(source, what).documents for source in counts) for what in ("read", "kept"))
+    if not splits["train"]:
+        left_out: Counter[str] = Counter()
+        for source in counts:
+            left_out.update({reason: tally.documents for reason, tally in source.dropped.items()})
+        found = [f"{read:,} read", *(f"{n:,} left out ({reason})" for reason, n in left_out.most_common())]
+        found += [f"{kept:,} in the validation split; lower prepare.val_fraction"] if kept else []
+        raise UserError(f"prepare.sources: no document went to the training split: {', '.join(found)}")
     documents = {"read": read, "kept": kept, "skipped": read - kept}
     manifest = Manifest(request=request, documents=documents, sources=counts, splits=splits)
     _write_quarantine(p, parts, chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,8 +124,8 @@ def verdict(console: Console, v: Mapping[str, Any]) -> None:
     pairs(console, "", rows)
 
 
-def finished(console: Console, run: RunConfig, seconds: float, run_file: str) -> None:
-    """The end of a run: losses, where the checkpoint is, how to go on."""
+def finished(console: Console, run: RunConfig, seconds: float, run_file: str, overrides: Sequence[str] = ()) -> None:
+    """The end of a run: losses, where the checkpoint is, how to go on; overrides: of --set."""
     metrics = rundir.metrics_log(run.run_dir).read()
     events = rundir.events_log(run.run_dir).read()
     rows: dict[str, str] = {}
@@ -146,10 +147,12 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str) ->
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:
-        stop_at = " --set train.stop_at=STEP" if run.train.stop_at and step >= run.train.stop_at else ""
-        rows["to go on"] = f"gpt2dist train {run_file}{stop_at}"
+        stopped = run.train.stop_at and step >= run.train.stop_at
+        given = [text for text in overrides if not (stopped and text.split("=")[0].strip() == "train.stop_at")]
+        words = [run_file, *(word for text in given for word in ("--set", text))]
+        rows["to go on"] = f"gpt2dist train {shlex.join(words)}" + (" --set train.stop_at=STEP" if stopped else "")
     else:
-        rows["to go on"] = f'gpt2dist generate {run.run_dir} --prompt "import "'
+        rows["to go on"] = f'gpt2dist generate {shlex.quote(run.run_dir)} --prompt "import "'
     pairs(console, "", rows)
 
 

@@ -21,5 +21,6 @@ def cpu_worker_environment() -> dict[str, str]:
     always = {"THP_MEM_ALLOC_ENABLE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if not JEMALLOC.exists() or os.environ.get("LD_PRELOAD"):
         return always
-    keep = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+    # In one arena what one thread has freed serves the others, too.
+    keep = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
     return always | {"LD_PRELOAD": str(JEMALLOC), "MALLOC_CONF": keep}

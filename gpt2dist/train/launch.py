@@ -186,6 +186,9 @@ class TrainJob:
                     with contextlib.suppress(OSError, StorageError):  # the storage is away: the restart comes first
                         self._log_preemption(error)
                 else:
+                    reservation.remove_groups()
+                    with contextlib.suppress(OSError, StorageError):
+                        self._log_failure(error)
                     before, saved = saved, self._saved_step()
                     failures = 1 if saved > before else failures + 1
                     if 0 <= limit < failures:
@@ -205,6 +208,13 @@ class TrainJob:
                 with contextlib.suppress(OSError, StorageError):
                     rundir.withdraw(self.run.run_dir)
             self._events.try_append({"time": time.time(), "event": "restart"})
+
+    def _log_failure(self, error: BaseException) -> None:
+        """Of a group that failed before its workers ran, of which `FailureLog` is not told."""
+        kinds = ("launch", "restart", "start", "failure", "preemption")
+        known = [e for e in self._events.read() if e["event"] in kinds]
+        if not known or max(known, key=lambda e: float(e["time"]))["event"] in ("launch", "restart"):
+            self._events.try_append({"time": time.time(), "event": "failure", "cause": str(failed(error))})
 
     def _log_preemption(self, error: BaseException) -> None:
         """Where the machine went before its workers had heard of it, and so logged nothing."""
@@ -318,9 +328,12 @@ def failed(error: BaseException) -> TrainingFailed:
         return TrainingFailed(str(error))
     if isinstance(error, ray.train.WorkerGroupError):
         return TrainingFailed(first_cause(error.worker_failures))
-    text = str(error.controller_failure) if isinstance(error, ray.train.ControllerError) else str(error)
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    return TrainingFailed(f"{type(error).__name__}: {line}")
+    if isinstance(error, ray.train.ControllerError):  # of a worker group that was set up
+        error = root_cause(error.controller_failure)
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    # Of an exception in another process the traceback is in its text, and the last line is what it says.
+    line = lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else f"{type(error).__name__}: {lines[0]}"
+    return TrainingFailed(line)
 
 
 def ray_storage(scratch: UPath) -> dict[str, Any]:

@@ -10,7 +10,10 @@ import time
 from typing import Any
 
 import ray
+from ray._private.state import state as ray_state
+from ray.core.generated import gcs_pb2
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.util.placement_group import PlacementGroup
 
 from gpt2dist.train import rundir
 
@@ -30,6 +33,15 @@ class ReservationLog(ControllerCallback):  # type: ignore[misc]
         requester = f"train-{train_run_context.run_id}"
         event = {"time": time.time(), "event": "reservation", "requester": requester}
         rundir.events_log(self.run_dir).try_append(event)
+
+
+def remove_groups() -> None:
+    """Remove the placement groups of this driver: one that failed while it was set up leaves its own behind."""
+    own = ray.get_runtime_context().get_job_id()
+    for text in ray_state._connect_and_get_accessor().get_placement_group_table():
+        table = gcs_pb2.PlacementGroupTableData.FromString(text)
+        if table.creator_job_id.hex() == own and table.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(table.placement_group_id)))
 
 
 def release(events: list[dict[str, Any]]) -> None:

@@ -69,7 +69,7 @@ def open_model(location: str, step: int | None = None, *, ema: bool = False) -> 
         weights = checkpoint.load_weights(found, "ema" if ema else "weight")
         return SavedModel(config, weights.__getitem__, run, found.index.step)
     except checkpoint.BadCheckpoint as e:
-        raise UserError(str(e)) from None
+        raise UserError(f"{e}; for an older one: --step") from None
 
 
 def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkpoint:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from gpt2dist.cluster.local import LocalCluster
 from gpt2dist.config import RunConfig
@@ -173,3 +175,20 @@ def test_stopped_worker_is_found_out(
         assert "trainer.py" in path.read_text()
     assert logged(run) == undisturbed(run, ranks, 2)
     assert_audit(gpt2dist, run, steps_done(run))
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(torch.distributed.is_nccl_available(), reason="here it can be set up")
+def test_a_group_that_cannot_be_set_up_ends_with_its_cause(make_data: Callable[..., str], tmp_path: Path) -> None:
+    """Nor does the room of the first one stay taken, for which the next would wait."""
+    run = tiny_run(
+        storage=str(tmp_path), data__path=make_data([3000]), cluster__gpus_per_worker=1, cluster__max_failures=1
+    )
+    with LocalCluster() as cluster:
+        cluster.add_node(6, "--num-gpus=2")
+        command = [sys.executable, "-m", "gpt2dist", "train", str(write(run, tmp_path))]
+        done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: training failed: RuntimeError: ")
+    assert "NCCL" in done.stderr
+    assert [e["cause"].partition(":")[0] for e in events(run, "failure")] == ["RuntimeError"] * 2

@@ -130,6 +130,8 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(UserError, match=r"bad\.toml: not valid TOML: "):
         load_run(tmp_path / "bad.toml")
+    (tmp_path / "mark.toml").write_bytes(b"\xef\xbb\xbf" + tiny_run().to_toml().replace("\n", "\r\n").encode())
+    assert load_run(tmp_path / "mark.toml") == tiny_run()
     (tmp_path / "bin.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"bin\.toml: cannot be read"):
         load_run(tmp_path / "bin.toml")

@@ -782,3 +782,14 @@ def test_a_damaged_parquet_page_that_ends_early_is_a_bad_record(tmp_path: Path) 
     source = run_prepare(run).sources[0]
     assert source.kept.documents == len(TEXTS) - 2
     assert [record["reason"] for record in quarantine(run)] == ["damaged file"]
+
+
+def test_a_data_set_without_documents_says_why(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"body": "x"}\n' * 3 + b"{broken\n")
+    text = failure(prepare_run(tmp_path, path, on_bad_record="skip"))
+    assert text.endswith(
+        "no document went to the training split: 4 read, 3 left out (no text), 1 left out (broken JSON)"
+    )
+    one = write(tmp_path / "b.jsonl", lines("a document"))
+    text = failure(prepare_run(tmp_path, one, val_fraction=0.999, output="val"))
+    assert text.endswith("1 read, 1 in the validation split; lower prepare.val_fraction")
