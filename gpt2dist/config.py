@@ -207,6 +207,13 @@ class TrainSection(Section):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _number(cls, stage: Any) -> Any:
+        if isinstance(stage, bool):  # equal to 0 and 1 in Python
+            raise ValueError(f"input should be 0, 1, 2 or 3, got {json.dumps(stage)}")
+        return stage
+
     @model_validator(mode="after")
     def _known(self) -> TrainSection:
         if self.stop_at is not None and self.stop_at > self.steps:
@@ -554,5 +561,6 @@ def _explain(model: type[Section], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if key else message
+    message = message.replace("a valid tuple", "a list")  # as TOML calls it
     got = without_secrets_in(json.dumps(problem["input"], default=str))
     return f"{key}: {message[0].lower()}{message[1:]}, got {got}"

@@ -20,6 +20,9 @@ from gpt2dist.commands.data import hash_shards
 from gpt2dist.config import RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
 
+IDLE_S = 3.0
+"""A worker group that has just ended still has its room for a moment, and its job something to do."""
+
 
 @click.command()
 @click.argument("run_file", type=click.Path())
@@ -85,11 +88,7 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
                     console.print(f"metrics at {url}")
                 observe = gauges.Gauges(run.name, job.run.run_dir).update
                 room = Room(run)
-
-                def over() -> bool:
-                    """Also where a stop was requested while the run waits for machines: all is saved."""
-                    return job.done() or (job.stopping and room.nothing_runs())
-
+                over = _Over(job, room)
                 live.follow(run, console, over, started, observe, lambda: job.waits_for or room.missing())
                 try:
                     job.check()
@@ -104,6 +103,25 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
         click.echo(to_json(_outcome(run)))
     else:
         tables.finished(make_console(), run, time.time() - started, run_file, overrides)
+
+
+class _Over:
+    """Whether a run has ended; also where a stop was requested and no worker group has room: then all is saved."""
+
+    def __init__(self, job: Any, room: Any) -> None:
+        self.job, self.room = job, room
+        self.idle_since: float | None = None
+
+    def __call__(self) -> bool:
+        if self.job.done():
+            return True
+        now = time.monotonic()
+        idle = self.job.stopping and self.room.nothing_runs()
+        self.idle_since = (self.idle_since or now) if idle else None
+        if self.idle_since is None or now - self.idle_since <= IDLE_S:
+            return False
+        self.job.abandon()
+        return True
 
 
 def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:

@@ -26,7 +26,7 @@ def show(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:
     pairs(console, run.name, rows)
     _memory(console, run, result)
     _setups(console, "the run as it is written", result["as_written"])
-    _setups(console, "the fewest workers with which it fits" + (", by GPU" if gpus else ""), result["smallest"])
+    _setups(console, "the fewest machines with which it fits" + (", by GPU" if gpus else ""), result["smallest"])
     _assumptions(console, run, result)
 
 

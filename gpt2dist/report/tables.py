@@ -130,10 +130,12 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str, ov
     events = rundir.events_log(run.run_dir).read()
     rows: dict[str, str] = {}
     if metrics:
-        rows["training loss"] = f"{metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f}"
-    before = [e["val_loss"] for e in events if e["event"] == "eval"]
-    if values := before[-1:] + [m["val_loss"] for m in metrics if "val_loss" in m]:
-        rows["validation loss"] = f"{values[0]:.4f} → {values[-1]:.4f}"
+        rows["training loss"] = " → ".join(f"{m['loss']:.4f}" for m in (metrics[0], *metrics[1:][-1:]))
+    before = [e["val_loss"] for e in events if e["event"] == "eval"][-1:]
+    during = [m["val_loss"] for m in metrics if "val_loss" in m]
+    if values := before + during:
+        rows["validation loss"] = " → ".join(f"{value:.4f}" for value in (values[0], *values[1:][-1:]))
+        rows["validation loss"] += "" if during else " before training"
     newest = checkpoint.newest(run.run_dir)
     step = newest.index.step if newest else 0
     rows["steps"] = f"{step:,} of {run.train.steps:,}; this command took {int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -123,6 +123,7 @@ class TrainJob:
         self.waits_for = ""
         """What keeps the next worker group from starting; nothing: not this process."""
         self._stop = threading.Event()
+        self._abandoned = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
@@ -154,6 +155,10 @@ class TrainJob:
             return rundir.requested(self.run.run_dir)
         return ""
 
+    def abandon(self) -> None:
+        """Ray will be shut down while no worker group has room: from now on the thread leaves it alone."""
+        self._abandoned.set()
+
     def left(self) -> None:
         """Log that the command has ended; at its very end, so that it is known until when it took time."""
         self._events.try_append({"time": time.time(), "event": "exit"})
@@ -182,6 +187,8 @@ class TrainJob:
             try:
                 end = str(self._worker_group(scratch).fit().return_value)
             except ray.train.TrainingFailedError as error:
+                if self._abandoned.is_set():
+                    return
                 if _is_preemption(error):
                     with contextlib.suppress(OSError, StorageError):  # the storage is away: the restart comes first
                         self._log_preemption(error)

@@ -38,10 +38,13 @@ class ReservationLog(ControllerCallback):  # type: ignore[misc]
 def remove_groups() -> None:
     """Remove the placement groups of this driver: one that failed while it was set up leaves its own behind."""
     own = ray.get_runtime_context().get_job_id()
-    for text in ray_state._connect_and_get_accessor().get_placement_group_table():
-        table = gcs_pb2.PlacementGroupTableData.FromString(text)
-        if table.creator_job_id.hex() == own and table.state != gcs_pb2.PlacementGroupTableData.REMOVED:
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(table.placement_group_id)))
+    try:
+        for text in ray_state._connect_and_get_accessor().get_placement_group_table():
+            table = gcs_pb2.PlacementGroupTableData.FromString(text)
+            if table.creator_job_id.hex() == own and table.state != gcs_pb2.PlacementGroupTableData.REMOVED:
+                ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(table.placement_group_id)))
+    except Exception as e:  # the head is busy, or away: that is no reason to end a run
+        print(f"the room of the last worker group is not given back yet: {type(e).__name__}", flush=True)
 
 
 def release(events: list[dict[str, Any]]) -> None:

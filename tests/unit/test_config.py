@@ -53,6 +53,8 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"train__steps": 1.5}, "train.steps: input should be a valid integer, got 1.5"),
         ({"train__precision": "int8"}, "train.precision: input should be 'fp32', 'bf16' or 'fp16', got \"int8\""),
         ({"train__zero_stage": 4}, "train.zero_stage: input should be 0, 1, 2 or 3, got 4"),
+        ({"train__zero_stage": True}, "train.zero_stage: input should be 0, 1, 2 or 3, got true"),
+        ({"optim__betas": 0.9}, "optim.betas: input should be a list, got 0.9"),
         ({"optim__lr": -1.0}, "optim.lr: input should be greater than 0, got -1.0"),
         ({"optim__betas": [0.9, 1.5]}, "optim: betas = [0.9, 1.5] must lie in [0, 1)"),
         ({"model__n_head": 5}, "model: n_embd = 32 is not divisible by n_head = 5"),

@@ -154,7 +154,7 @@ def test_a_run_that_cannot_be_tokenized_is_a_bad_record(tmp_path: Path, monkeypa
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     run = prepare_run(tmp_path, write(tmp_path / "a.jsonl", lines("short")), min_chars=10)
-    assert "would be empty" in failure(run)
+    assert failure(run).endswith("no document went to the training split: 1 read, 1 left out (too short)")
 
 
 class Stopped(BaseException):

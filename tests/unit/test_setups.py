@@ -297,7 +297,7 @@ def test_measured_mfu_is_the_median_without_the_start(tmp_path: Path) -> None:
 def test_every_shipped_run_file_has_a_plan(run_file: Path) -> None:
     done = cli(str(run_file))
     assert done.exit_code == 0, done.output
-    assert "the fewest workers with which it fits" in done.stdout
+    assert "the fewest machines with which it fits" in done.stdout
     assert "nan" not in done.stdout
 
 
