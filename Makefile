@@ -27,7 +27,7 @@ demo: setup  ## a run that is killed, drained and resized, and its loss curve on
 test: setup  ## the tests, unit first
 	@$(BIN)/python -m pytest -q -m 'not faults and not s3 and not slow' tests/unit tests/distributed tests/ray tests/chaos
 
-test-faults: setup  ## a dozen kills, a machine that is taken away, a worker that hangs; also in CI; eight minutes
+test-faults: setup  ## a dozen kills, a machine that is taken away, a worker that hangs; also in CI; nine minutes
 	@$(BIN)/python -m pytest -q -m faults tests/ray tests/chaos
 
 test-slow: setup  ## more of them: resizing, several nodes, full disks, autoscaling, compile, chaos; an hour on two cores

@@ -444,13 +444,13 @@ class RunConfig(Section):
 
     def absolute(self) -> RunConfig:
         """The same run with absolute local paths, for processes with other working directories."""
-        prepare = self.prepare.model_copy(update={"output": _absolute(self.prepare.output)})
-        paths = {_absolute(path): weight for path, weight in self.data_paths.items()}
+        prepare = self.prepare.model_copy(update={"output": absolute(self.prepare.output)})
+        paths = {absolute(path): weight for path, weight in self.data_paths.items()}
         path = paths if len(paths) > 1 else next(iter(paths), "")
         data = self.data.model_copy(update={"path": path})
         init = self.model.init_from
-        model = self.model.model_copy(update={"init_from": _absolute(init) if Path(init).is_dir() else init})
-        places = {"storage": _absolute(self.storage), "prepare": prepare, "data": data, "model": model}
+        model = self.model.model_copy(update={"init_from": absolute(init) if Path(init).is_dir() else init})
+        places = {"storage": absolute(self.storage), "prepare": prepare, "data": data, "model": model}
         return self.model_copy(update=places)
 
     def for_record(self) -> RunConfig:
@@ -520,7 +520,8 @@ def validate(model: type[S], table: dict[str, Any], source: str) -> S:
         raise UserError(f"{source}: {_explain(model, problems[0])}{more}") from None
 
 
-def _absolute(location: str) -> str:
+def absolute(location: str) -> str:
+    """A location for processes with other working directories; an empty one stays empty."""
     return location if not location or "://" in location else str(Path(location).absolute())
 
 

@@ -113,7 +113,7 @@ class JsonLines:
 
     def _others_follow(self, segment: UPath) -> bool:
         """Whether another process has begun a later object: what is appended now belongs after it."""
-        return any(path.name != segment.name for _, path in self._segments()[-1:])
+        return any(path.name != segment.name for path in self._parts()[-1:])
 
     def sync(self) -> None:
         """Force what was appended to the disk, or the object store."""
@@ -125,7 +125,7 @@ class JsonLines:
     def read(self) -> list[dict[str, Any]]:
         """All whole records; an empty list where there is no file."""
         if is_local(self.path):
-            return [record for path in self._local_parts() for record in _records(path.read_bytes())]
+            return [record for path in self._parts() for record in _records(path.read_bytes())]
         return [record for _, data in self._contents() for record in _records(data)]
 
     def tail(self, max_bytes: int = 1 << 16, parts: int = 1) -> list[dict[str, Any]]:
@@ -133,9 +133,8 @@ class JsonLines:
 
         parts: of a log in several objects, so much of each of so many last ones.
         """
-        paths = self._local_parts() if is_local(self.path) else [path for _, path in self._segments()]
         found: list[list[dict[str, Any]]] = []
-        for path in reversed(paths):
+        for path in reversed(self._parts()):
             with contextlib.suppress(OSError):  # it was cut between the look at its size and the read
                 with named(path):
                     records = _last_records(path, max_bytes)
@@ -151,7 +150,7 @@ class JsonLines:
         On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
         """
         if is_local(self.path):
-            parts = [self._keep(path, path.read_bytes(), condition)[1] for path in self._local_parts()]
+            parts = [self._keep(path, path.read_bytes(), condition)[1] for path in self._parts()]
             return [record for dropped in parts for record in dropped]
         dropped: list[dict[str, Any]] = []
         for i, (path, data) in enumerate(reversed(self._contents())):
@@ -176,17 +175,17 @@ class JsonLines:
         found = ((re.fullmatch(pattern, path.name), path) for path in children(self.path.parent))
         return sorted((int(match[1] or 0), path) for match, path in found if match)
 
-    def _local_parts(self) -> list[UPath]:
-        """More than one where the log was copied from an object store."""
+    def _parts(self) -> list[UPath]:
+        """In order; on disk more than one where the log was copied from an object store."""
         return [path for _, path in self._segments()]
 
     def _local_end(self) -> UPath:
         if self._segment is None:
-            self._segment = next(reversed(self._local_parts()), self.path)
+            self._segment = next(reversed(self._parts()), self.path)
         return self._segment
 
     def _contents(self) -> list[tuple[UPath, bytes]]:
-        paths = [path for _, path in self._segments()]
+        paths = self._parts()
         with ThreadPoolExecutor(16) as threads:
             return list(zip(paths, threads.map(read_bytes, paths), strict=True))
 

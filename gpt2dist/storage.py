@@ -24,12 +24,12 @@ from fsspec.core import url_to_fs
 from upath import UPath
 
 from gpt2dist.config import UserError
-from gpt2dist.urls import is_http
+from gpt2dist.urls import is_http, without_secrets
 
 UPLOAD_BYTES = 32 << 20
+"""Of a file that is written in pieces to an object store: a request each."""
 SILENCE_S = 60.0
 """Of an HTTP server that sends nothing: then it counts as gone."""
-"""Of a file that is written in pieces to an object store: a request each."""
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -50,8 +50,7 @@ def location(text: str) -> UPath:
         UserError: there are credentials in it, or nothing opens locations of its kind.
     """
     if "://" in text and "@" in urlsplit(text).netloc:
-        shown = text.replace(urlsplit(text).netloc.rpartition("@")[0] + "@", "")
-        raise UserError(f"{shown}: give credentials by environment variables, not in the location")
+        raise UserError(f"{without_secrets(text)}: give credentials by environment variables, not in the location")
     try:
         path = UPath(text, **_options(text))
         if not is_local(path):

@@ -44,6 +44,11 @@ def arithmetic(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def copied_bytes(run: RunConfig) -> int:
+    """What a worker has of the state while it is saved, in host memory."""
+    return int(-(-arithmetic(run)["checkpoint_bytes"] // run.cluster.max_workers))
+
+
 def memory(run: RunConfig) -> dict[str, int]:
     """Bytes of each part on one worker at the moment that needs most, by ZeRO stage (Rajbhandari et al. 2020).
 
@@ -82,7 +87,7 @@ def memory(run: RunConfig) -> dict[str, int]:
         parts["weights"] = 0
     if on_cpu:
         parts["beside tensors"] = BESIDE_TENSORS
-        parts["copy while saving"] = -(-arithmetic(run)["checkpoint_bytes"] // world)
+        parts["copy while saving"] = copied_bytes(run)
     tokens = run.batch.micro_sequences * run.data.seq_len
     device = torch.device("cpu" if on_cpu else "cuda")
     dtype = DTYPES[run.train.precision]

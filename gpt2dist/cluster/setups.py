@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gpt2dist.cluster.machines import CPU, Device, Machine, Machines
-from gpt2dist.cluster.plan import arithmetic, memory
+from gpt2dist.cluster.plan import arithmetic, copied_bytes, memory
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.model import gpt2
 from gpt2dist.storage import exists, location
@@ -155,12 +155,10 @@ def memory_row(run: RunConfig) -> MemoryRow:
     moved = sum(max(0, size - parts.get(name, 0)) for name, size in kept.items())
     if not run.cluster.gpus_per_worker:
         return MemoryRow(options_of(run), parts, 0)
-    numbers, world = arithmetic(run), run.cluster.max_workers
-    snapshot = -(-numbers["checkpoint_bytes"] // world)  # of the state, while it is saved
     moved = moved if run.train.offload_optimizer or run.train.offload_param else 0
     if run.train.offload_optimizer and run.train.zero_stage < 3:  # summed on the device, then copied
-        moved += 4 * -(-numbers["parameters_padded"] // world)
-    return MemoryRow(options_of(run), parts, moved + snapshot)
+        moved += 4 * -(-arithmetic(run)["parameters_padded"] // run.cluster.max_workers)
+    return MemoryRow(options_of(run), parts, moved + copied_bytes(run))
 
 
 _NO_OFFLOAD = {"offload_optimizer": False, "offload_param": False}

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray._private.state import state as ray_state
 from ray._private.worker import global_worker
-from ray.core.generated import autoscaler_pb2, gcs_pb2
+from ray.core.generated import autoscaler_pb2
 
 from gpt2dist.config import RunConfig
+from gpt2dist.train import reservation
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 TIMEOUT_S = 5.0
@@ -62,13 +62,7 @@ class Room:
 
     def _placed(self) -> bool:
         """Whether Ray has put the worker group of this driver on nodes."""
-        own = ray.get_runtime_context().get_job_id()
-        tables = map(
-            gcs_pb2.PlacementGroupTableData.FromString,
-            ray_state._connect_and_get_accessor().get_placement_group_table(),
-        )
-        placed = (gcs_pb2.PlacementGroupTableData.CREATED, gcs_pb2.PlacementGroupTableData.PREPARED)
-        return any(t.creator_job_id.hex() == own and t.state in placed for t in tables)
+        return bool(reservation.groups(*reservation.PLACED))
 
     def _may_run_on(self, node: Any) -> bool:
         usable = node.status in (autoscaler_pb2.NodeStatus.RUNNING, autoscaler_pb2.NodeStatus.IDLE)

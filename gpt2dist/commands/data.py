@@ -46,7 +46,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
         cpus = run.prepare.cpus or os.cpu_count() or 1
         with output_to_log(log) as terminal:
             console = make_console(None if as_json else terminal)
-            console.print(f"data set {run.prepare.output}, log {log}")
+            console.print(f"log {log}")
             with keys_of(run_file), PrepareView(console) as view, ray_session(cpus, 0, address):
                 manifest = run_prepare(run, view.update)
         if lock:

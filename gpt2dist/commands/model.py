@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from gpt2dist.commands.common import address_option, command, fail, json_option, to_json
-from gpt2dist.config import ClusterSection, UserError
+from gpt2dist.config import ClusterSection, UserError, absolute
 from gpt2dist.report.console import make_console
 
 precision_option = click.option(
@@ -144,8 +144,7 @@ def evaluate(
     from gpt2dist.train.saved import open_model
 
     saved = open_model(location, step, ema=ema)
-    place = location if "://" in location else os.path.abspath(location)
-    request = evaluation.Evaluation.of(saved, place, ema=ema, precision=precision, **options)
+    request = evaluation.Evaluation.of(saved, absolute(location), ema=ema, precision=precision, **options)
     tokens = request.open()
     ids, console = request.ids(tokens), make_console(stderr=True)
     if workers or address:

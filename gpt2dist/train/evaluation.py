@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from upath import UPath
 
-from gpt2dist.config import UserError
+from gpt2dist.config import UserError, absolute
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import Split
@@ -101,6 +101,7 @@ def on_ray(e: Evaluation, workers: int, cpus_per_worker: float, gpus_per_worker:
     Raises:
         TrainingFailed: with the cause.
     """
+    e = replace(e, paths={absolute(path): weight for path, weight in e.paths.items()})
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     with _scratch(e) as scratch:
         trainer = TorchTrainer(

@@ -218,15 +218,17 @@ class TrainJob:
 
     def _log_failure(self, error: BaseException) -> None:
         """Of a group that failed before its workers ran, of which `FailureLog` is not told."""
-        kinds = ("launch", "restart", "start", "failure", "preemption")
-        known = [e for e in self._events.read() if e["event"] in kinds]
-        if not known or max(known, key=lambda e: float(e["time"]))["event"] in ("launch", "restart"):
+        if self._newest("launch", "restart", "start", "failure", "preemption") in ("launch", "restart"):
             self._events.try_append({"time": time.time(), "event": "failure", "cause": str(failed(error))})
+
+    def _newest(self, *kinds: str) -> str:
+        """Kind of the newest event of these kinds; nothing where there is none."""
+        known = [e for e in self._events.read() if e["event"] in kinds]
+        return str(max(known, key=lambda e: float(e["time"]))["event"]) if known else ""
 
     def _log_preemption(self, error: BaseException) -> None:
         """Where the machine went before its workers had heard of it, and so logged nothing."""
-        known = [e for e in self._events.read() if e["event"] in ("start", "preemption", "failure")]
-        if known and max(known, key=lambda e: float(e["time"]))["event"] != "start":
+        if self._newest("start", "preemption", "failure") in ("preemption", "failure"):
             return
         info = getattr(error, "preemption_info", None)
         self._events.try_append(

@@ -20,6 +20,9 @@ from gpt2dist.train import rundir
 COORDINATOR = "AutoscalingCoordinator"
 """Ray's name for its actor, and of the namespace in which that is."""
 TIMEOUT_S = 5.0
+PLACED = (gcs_pb2.PlacementGroupTableData.CREATED, gcs_pb2.PlacementGroupTableData.PREPARED)
+"""States of a placement group that has its room."""
+WAITING = (gcs_pb2.PlacementGroupTableData.PENDING, gcs_pb2.PlacementGroupTableData.RESCHEDULING)
 
 
 class ReservationLog(ControllerCallback):  # type: ignore[misc]
@@ -35,14 +38,19 @@ class ReservationLog(ControllerCallback):  # type: ignore[misc]
         rundir.events_log(self.run_dir).try_append(event)
 
 
+def groups(*states: int) -> list[Any]:
+    """Placement groups of this driver that are in one of these states, as Ray's head describes them."""
+    own = ray.get_runtime_context().get_job_id()
+    texts = ray_state._connect_and_get_accessor().get_placement_group_table()
+    tables = map(gcs_pb2.PlacementGroupTableData.FromString, texts)
+    return [table for table in tables if table.creator_job_id.hex() == own and table.state in states]
+
+
 def remove_groups() -> None:
     """Remove the placement groups of this driver: one that failed while it was set up leaves its own behind."""
-    own = ray.get_runtime_context().get_job_id()
     try:
-        for text in ray_state._connect_and_get_accessor().get_placement_group_table():
-            table = gcs_pb2.PlacementGroupTableData.FromString(text)
-            if table.creator_job_id.hex() == own and table.state != gcs_pb2.PlacementGroupTableData.REMOVED:
-                ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(table.placement_group_id)))
+        for group in groups(*PLACED, *WAITING):
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
     except Exception as e:  # the head is busy, or away: that is no reason to end a run
         print(f"the room of the last worker group is not given back yet: {type(e).__name__}", flush=True)
 

@@ -171,6 +171,9 @@ def test_stopped_and_resumed_with_two_one_and_three_workers(
     a, b = json.loads(alone.stdout), json.loads(shared.stdout)
     assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"]) == (248, 248 * 16)
     assert (a["accuracy"], a["loss"]) == (b["accuracy"], pytest.approx(b["loss"], rel=1e-9))
+    one = gpt2dist("evaluate", run.run_dir, "--json", "--data", "a", "--workers", "2")  # workers start elsewhere
+    assert one.returncode == 0, one.stderr
+    assert json.loads(one.stdout)["samples"] == 124
 
 
 @pytest.mark.timeout(300)
