@@ -186,6 +186,8 @@ class TrainSection(Section):
     """Keep the weights in host memory while they are not used; changes nothing on CPU workers."""
     compile: bool = False
     """torch.compile each block. Same losses to rounding, but other dropout masks; CPU workers need a C++ compiler."""
+    deterministic: bool = True
+    """On CUDA: a run resumed from a checkpoint equals one that was never interrupted bit for bit, as on CPU workers."""
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import hashlib
 import io
 import os
@@ -86,7 +87,7 @@ def tiny_run(**changes: Any) -> RunConfig:
         target = table
         for section in sections:
             target = target.setdefault(section, {})
-        target[key] = value
+        target[key] = copy.deepcopy(value)
     return parse_run(table, "test")
 
 

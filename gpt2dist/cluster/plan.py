@@ -109,8 +109,9 @@ def memory(run: RunConfig) -> dict[str, int]:
             "table in fp32": 0 if low == 4 else 2 * table,
             "gradient of the table": 4 * config.padded_vocab_size * config.n_embd,
         }
-    else:  # all at once; some rows in fp32
-        rows = 0 if low == 4 else 4 * min(tokens, ROWS[device.type])
+    else:  # all at once; some rows in fp32, on CUDA twice (compiled: none)
+        in_fp32 = (0 if low == 4 else 4) if on_cpu else 0 if run.train.compile else 4 if low == 4 else 8
+        rows = in_fp32 * min(tokens, ROWS[device.type])
         loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
     tables = 2 if on_cpu else 3  # its gradients from the head and from the embedding, on CPUs rows, and their sum
     bucket = round(run.train.bucket_mb * 1e6 / 4)
@@ -136,8 +137,9 @@ def memory(run: RunConfig) -> dict[str, int]:
         own = min(table, low * share[2])
         reduce["of the others, summed"] = own * (world - 1 + (low == 4)) if world > 1 else 0
     elif stage:
-        # On CUDA by DeepSpeed's source, not measured: two with overlap_comm, and what is made of them on the way.
-        reduce["bucket"] = (4 if on_cpu else {1: 12, 2: 10, 3: 4}[stage]) * bucket
+        # On CUDA two with overlap_comm, by DeepSpeed's source: not measured; and what is made of them on the way.
+        second = 4 if run.train.overlap_comm and world > 1 else 0
+        reduce["bucket"] = (4 if on_cpu else {1: 8 + second, 2: 6 + second, 3: 4}[stage]) * bucket
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]
     parts |= [*moments, reduce][sizes.index(max(sizes))]
     return parts

@@ -232,6 +232,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = table.weight
         self.vocab_size = c.vocab_size
+        self.compiled = False  # the loss; see `linear_cross_entropy`
         bias = torch.zeros(c.padded_vocab_size, device="cpu")  # also where the parameters have no values yet
         bias[c.vocab_size :] = -torch.inf
         self.register_buffer("padding", bias, persistent=False)
@@ -244,7 +245,8 @@ class Head(nn.Module):
         """
         if targets is None:
             return linear(x, self.weight, self.padding.to(x.dtype))
-        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten(), self.vocab_size)
+        rows, wanted = x.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(rows, self.weight, wanted, self.vocab_size, compiled=self.compiled)
 
 
 class GPT2(nn.Module):

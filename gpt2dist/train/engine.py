@@ -110,6 +110,8 @@ class Engine:
             get_accelerator().is_fp16_supported = lambda: True
         else:
             os.environ["LOCAL_RANK"] = str(device.index or 0)  # which DeepSpeed takes for the number of the device
+            if run.train.deterministic:
+                _be_deterministic()
         deepspeed.init_distributed(dist_init_required=False)
         replace_parts(device, self.world_size)
         config = _deepspeed_config(run, self.world_size, self.gas, device)
@@ -120,7 +122,8 @@ class Engine:
         self._names = {id(p): name for name, p in model.named_parameters()}
         if run.train.compile:
             for block in model.h:
-                block.compile()  # in place: names and structure stay
+                _compile(block, self.stage)
+            model.head.compiled = True
         self.ds: Any = deepspeed.initialize(
             model=_CastForward(model, working) if cast else model,
             optimizer=MuonAdamW(model, run.optim) if self.muon else adamw(model, run.optim),
@@ -422,7 +425,29 @@ def _zero_model(
     return model
 
 
+def _compile(block: nn.Module, stage: int) -> None:
+    """In place: names and structure stay.
+
+    At stage 3 DeepSpeed's hooks gather a block's weights as a whole, and the compiler does not see them: between the
+    hooks of every layer there is nothing for it to fuse.
+    """
+    if stage == 3:
+        deepspeed.utils.set_z3_leaf_module(block, True)
+        block.forward = torch.compile(block.forward)
+    else:
+        block.compile()
+
+
 _SCALER_STATE = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
+
+
+def _be_deterministic() -> None:
+    """From now on CUDA adds in the same order in every run, as the CPU does."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # compiled kernels are not chosen by how fast they were
+    torch.use_deterministic_algorithms(True)
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # it only finds mistakes
 
 
 def _build_cpu_collectives() -> None:
@@ -455,7 +480,7 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int, device: torch.d
         "fp16": {"enabled": t.precision == "fp16", "initial_scale_power": t.initial_loss_scale.bit_length() - 1},
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": t.overlap_comm,
+            "overlap_comm": t.overlap_comm and world_size > 1,  # it ends every backward pass by waiting for the device
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": 2 * bucket // ALIGNMENT * ALIGNMENT + ALIGNMENT,  # must be a multiple
             "stage3_prefetch_bucket_size": bucket,
@@ -470,5 +495,6 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int, device: torch.d
         # At stages 2 and 3 what travels is one micro-batch's gradients, at 0 and 1 their fp32 sums.
         "communication_data_type": t.precision if stage >= 2 and as_they_are else "fp32",
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before each micro-batch
         "wall_clock_breakdown": False,
     }

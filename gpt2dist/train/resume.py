@@ -36,6 +36,7 @@ safe          data.path data.verify data.allow_changed data.cache_gb
 order         batch.micro_sequences batch.micro_batches batch.warmup_steps batch.initial_micro_batches
 safe          train.steps train.stop_at train.precision train.zero_stage train.activation_checkpointing
 safe          train.bucket_mb train.overlap_comm train.offload_optimizer train.offload_param train.compile
+safe          train.deterministic
 safe          train.max_skipped train.initial_loss_scale train.profile_steps train.peak_tflops train.nan_at
 safe          train.rewind train.rewind_after train.spike train.max_rewinds
 incompatible  optim.name

@@ -69,7 +69,11 @@ def _choose_optimizer(engine: Any, _basic: Any) -> str | None:
 
 def _add(output: Tensor | None, gradient: Tensor) -> None:
     """Add a 16-bit gradient to its fp32 sum. DeepSpeed makes a fp32 copy of the whole gradient first."""
-    if output is not None:
+    if output is None:
+        return
+    if output.is_cuda:
+        output.add_(gradient)
+    else:  # in pieces that a cache holds
         for a, b in zip(torch.split(output, 1 << 20), torch.split(gradient, 1 << 20), strict=True):
             a.add_(b)
 

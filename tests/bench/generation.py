@@ -11,6 +11,7 @@ import torch
 from gpt2dist.model.generate import Generation, Sampling
 from gpt2dist.model.gpt2 import GPT2, GPT2Config, build
 from tests.bench.common import Row, interleaved
+from tests.bench.reference import ON_GPU
 from tests.unit.test_model import transformers_twin
 
 CONFIG = GPT2Config(n_layer=6, n_head=6, n_embd=384, n_positions=1024)
@@ -25,7 +26,7 @@ def seconds_of_ours(model: GPT2, prompts: list[list[int]]) -> float:
 
 
 def seconds_of_transformers(twin: Any, prompts: list[list[int]]) -> float:
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=twin.device)
     start = time.perf_counter()
     out = twin.generate(
         ids,
@@ -43,8 +44,9 @@ def ratios(batch: int, dtype: torch.dtype) -> list[float]:
     """Of PAIRS pairs, after one that warms up; both sides have weights of that dtype."""
     torch.set_num_threads(THREADS)
     model = build(CONFIG, 0).eval()
-    twin = transformers_twin(model).to(dtype)
-    model = model.to(dtype)
+    device = "cuda" if ON_GPU else "cpu"
+    twin = transformers_twin(model).to(device, dtype)
+    model = model.to(device, dtype)
     prompts = torch.randint(0, 50257, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
     return interleaved(
         lambda: seconds_of_transformers(twin, prompts), lambda: seconds_of_ours(model, prompts), pairs=PAIRS

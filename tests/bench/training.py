@@ -2,6 +2,7 @@
 
 tokens/s is that of the median step after the first ones. Both sides of a ratio have the same threads and huge pages;
 in `peers` both are compiled, except for the plain loop. The bare loop has our allocator, peers the C library's.
+On a machine with a GPU `peers` and `overhead` run there, at the 124M shape.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def _data() -> Iterator[Path]:
 
 
 def _run(directory: Path, *, threads: int, workers: int = 1, micro_batches: int = 1, **train: Any) -> RunConfig:
-    """The reference shape."""
+    """The reference shape. On a machine with a GPU, workers have one."""
+    gpus = {"gpus_per_worker": 1, "cpus_per_worker": 4} if reference.ON_GPU else {}
     return tiny_run(
         name=f"run-{next(_numbers)}",
         storage=str(directory),
@@ -56,7 +58,7 @@ def _run(directory: Path, *, threads: int, workers: int = 1, micro_batches: int 
         optim={"lr": 6e-4, "warmup_steps": 0},
         eval={"every_steps": 0},
         checkpoint={"every_steps": 0},
-        cluster={"workers": workers, "cpus_per_worker": threads},
+        cluster={"workers": workers, "cpus_per_worker": threads, **gpus},
     )
 
 
@@ -82,7 +84,7 @@ def _whole_stack(run: RunConfig) -> float:
 
 def _bare_loop(run: RunConfig) -> float:
     command = ("tests.bench.bare", run.model_dump_json(), f"{run.run_dir}.store")
-    _execute(int(run.cluster.cpus_per_worker), *command, **cpu_worker_environment())
+    _execute(int(run.cluster.cpus_per_worker), *command, **({} if reference.ON_GPU else cpu_worker_environment()))
     return _median(run, "tokens_per_s")
 
 
@@ -92,6 +94,8 @@ def _peer(kind: str, steps: int = STEPS, warm: int = WARM) -> float:
 
 def _faster_precision(kind: str) -> str:
     """The peer in fp32 or under bf16 autocast, which depends on the CPU."""
+    if reference.ON_GPU:
+        return f"{kind}-bf16"
     if torch.bfloat16 in WITHOUT_UNITS:  # autocast takes minutes a step
         return kind
     return max((kind, f"{kind}-bf16"), key=lambda k: _peer(k, steps=4, warm=1))
@@ -104,7 +108,7 @@ def peers() -> Iterator[Row]:
     theirs: dict[str, list[float]] = {kind: [] for kind in ("plain", *map(_faster_precision, ("fast", "transformers")))}
     with _data() as directory:
         for _ in range(PAIRS):
-            run = _run(directory, threads=2, compile=True)
+            run = _run(directory, threads=2, micro_batches=reference.MICRO_BATCHES, compile=True)
             ours.append(_whole_stack(run))
             mfu.append(_median(run, "mfu"))
             for kind, rates in theirs.items():
@@ -126,7 +130,8 @@ def overhead() -> Iterator[Row]:
     """The whole stack ÷ the same engine driven by a bare loop, without Ray."""
     with _data() as directory:
         ratios = interleaved(
-            lambda: _whole_stack(_run(directory, threads=1)), lambda: _bare_loop(_run(directory, threads=1))
+            lambda: _whole_stack(_run(directory, threads=1, micro_batches=reference.MICRO_BATCHES)),
+            lambda: _bare_loop(_run(directory, threads=1, micro_batches=reference.MICRO_BATCHES)),
         )
     yield Row("whole stack / bare engine loop, 1 worker x 1 thread", ratios, 0.975, "tokens/s ratio")
 

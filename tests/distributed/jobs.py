@@ -27,7 +27,7 @@ def train_runs(runs: list[RunConfig]) -> list[dict[str, Any]]:
 
 def train_run(run: RunConfig) -> dict[str, Any]:
     """One run; see `train_runs`."""
-    engine = Engine(run, torch.device("cpu"))
+    engine = Engine(run, torch.device("cuda" if run.cluster.gpus_per_worker else "cpu"))
     trainer = Trainer(run, engine)
     trainer.restore()
     start = trainer.step
@@ -45,6 +45,14 @@ def imports_compiler(run: RunConfig) -> bool:
     """Train a run on this rank; whether that has imported torch's compiler."""
     train_run(run)
     return "torch._inductor.compile_fx" in sys.modules
+
+
+def compiled_graphs(run: RunConfig) -> int:
+    """Graphs that torch.compile made for two engine steps."""
+    from torch._dynamo.utils import counters
+
+    drive(run, [0, 1])
+    return int(counters["stats"]["unique_graphs"])
 
 
 def poison(engine: Engine, broken: Callable[[], bool]) -> None:

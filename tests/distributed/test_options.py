@@ -50,3 +50,12 @@ def test_compiled_blocks_follow_the_eager_losses_and_repeat(ranks: Ranks, stage:
     with_dropout = (tiny_run(train__zero_stage=stage, train__compile=True), STEPS[:2])
     once, again = (ranks(jobs.drive_all, 2, [with_dropout], timeout=300)[0][0] for _ in range(2))
     assert once == again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_block_is_compiled_as_a_whole_and_once_for_all(ranks: Ranks, stage: int) -> None:
+    """At stage 3 DeepSpeed's hooks of each layer would cut it into dozens of graphs, anew for each block."""
+    run = tiny_run(train__zero_stage=stage, train__compile=True, model={"n_layer": 6, "n_head": 2, "n_embd": 32})
+    assert ranks(jobs.compiled_graphs, 1, run) == [1]
