@@ -50,10 +50,10 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
     Example:
       gpt2dist checkpoint ls runs/smoke --json
     """
-    from gpt2dist.report.words import size
+    from gpt2dist.report.words import count, size
     from gpt2dist.train import checkpoint as store
 
-    rows = [store.describe(c, run_dir) for c in store.committed(existing(run_dir))]
+    rows = [store.describe(c, run_dir) for c in _committed(run_dir)]
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -62,7 +62,7 @@ def checkpoint_ls(run_dir: str, as_json: bool) -> None:
             click.echo(f"step {row['step']:>8}  damaged: {row['reason']}")
         else:
             state = "valid" if row["valid"] else f"damaged: {row['reason']}"
-            made = f"{row['world_size']} workers, ZeRO-{row['zero_stage']}"
+            made = f"{count('worker', row['world_size'])}, ZeRO-{row['zero_stage']}"
             click.echo(f"step {row['step']:>8}  {size(row['bytes']):>9}  {made}  {state}  {row['path']}")
     if not rows:
         click.echo(f"{run_dir}: no checkpoints")
@@ -84,7 +84,7 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
     from gpt2dist.train import checkpoint as store
 
     rows = []
-    found = list(store.committed(existing(run_dir)))
+    found = _committed(run_dir)
     for c in track(found, "hashing", console=make_console(stderr=True), transient=True):
         row = store.describe(c, run_dir)
         if isinstance(c, store.Checkpoint) and row["valid"]:
@@ -102,6 +102,16 @@ def checkpoint_verify(run_dir: str, as_json: bool) -> None:
             click.echo(f"{run_dir}: no checkpoints")
     if not all(row["valid"] for row in rows):
         sys.exit(1)
+
+
+def _committed(run_dir: str) -> list[Any]:
+    """What is committed in a run directory. Raises `UserError` if it is none."""
+    from gpt2dist.train import checkpoint as store
+
+    found = list(store.committed(existing(run_dir)))
+    if not found:
+        read_config(run_dir)
+    return found
 
 
 def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:

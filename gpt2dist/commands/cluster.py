@@ -43,6 +43,7 @@ def check(files: tuple[str, ...], run_file: str | None, overrides: tuple[str, ..
       gpt2dist cluster check jobs/kuberay/*.yaml --json
     """
     from gpt2dist.cluster.check import check_files
+    from gpt2dist.report.words import count
 
     if overrides and not run_file:
         raise UserError("--set changes keys of the run: give it with --run")
@@ -56,7 +57,8 @@ def check(files: tuple[str, ...], run_file: str | None, overrides: tuple[str, ..
             click.echo(f"{place}: {finding.severity}: {finding.key}: {finding.what}")
             click.echo(f"    → {finding.fix}")
         warnings = len(report.findings) - report.errors
-        click.echo(f"{len(files)} files: {report.errors} errors, {warnings} warnings")
+        counts = f"{count('error', report.errors)}, {count('warning', warnings)}"
+        click.echo(f"{count('file', len(files))}: {counts}")
         for line in report.todo:
             click.echo(f"before ray up: {line}")
     if report.errors:

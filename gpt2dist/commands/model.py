@@ -168,6 +168,7 @@ def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None
     import tempfile
 
     from gpt2dist.cluster.session import output_to_log, ray_session
+    from gpt2dist.report.words import count
     from gpt2dist.train import evaluation
     from gpt2dist.train.launch import TrainingFailed
 
@@ -178,7 +179,7 @@ def _evaluate_on_ray(request: Any, saved: Any, workers: int, address: str | None
     with output_to_log(log) as terminal:
         console = make_console(None if as_json else terminal)
         with (
-            console.status(f"evaluating on {workers} workers, log {log}"),
+            console.status(f"evaluating on {count('worker', workers)}, log {log}"),
             ray_session(room, math.ceil(workers * gpus), address),
         ):
             try:

@@ -140,7 +140,7 @@ def describe(event: dict[str, Any]) -> str | None:
     """An event in words; None for those that a person need not see."""
     kind = event["event"]
     if kind == "start":
-        redone = f", {event['redone_steps']} steps to redo" if event["redone_steps"] else ""
+        redone = f", {count('step', event['redone_steps'])} to redo" if event["redone_steps"] else ""
         where = f"from step {event['step']}" if event["step"] else "from the start"
         return f"attempt {event['attempt']}: {count('worker', event['world_size'])}, {where}{redone}"
     if kind == "failure":

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gpt2dist.config import RunConfig
 from gpt2dist.report.tables import pairs
-from gpt2dist.report.words import size
+from gpt2dist.report.words import count, size
 
 
 def show(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:
@@ -20,7 +20,7 @@ def show(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:
     rows = {
         "parameters": f"{result['parameters']:,}",
         "the run": f"{run.train.steps:,} steps, {result['tokens'] / 1e9:,.3g} B tokens, {result['flops']:.3g} FLOPs",
-        "as written": f"{run.cluster.max_workers} workers, {result['own_options']}, {run.train.precision}",
+        "as written": f"{count('worker', run.cluster.max_workers)}, {result['own_options']}, {run.train.precision}",
         "a checkpoint": f"{one}; at most {kept} of storage for those that are kept",
     }
     pairs(console, run.name, rows)

@@ -33,7 +33,7 @@ def prepared(console: Console, manifest: Manifest, location: str) -> None:
     rows = {"documents": f"{counts['kept']:,} kept, {counts['skipped']:,} left out"}
     for split, shards in manifest.splits.items():
         tokens = sum(s.tokens for s in shards)
-        rows[split] = f"{tokens:,} tokens in {len(shards)} shards ({size(sum(s.bytes for s in shards))})"
+        rows[split] = f"{tokens:,} tokens in {count('shard', len(shards))} ({size(sum(s.bytes for s in shards))})"
     rows["fingerprint"] = manifest.fingerprint[:16]
     pairs(console, f"data set {location}", rows)
     source_mix(console, manifest)
@@ -118,7 +118,7 @@ def verdict(console: Console, v: Mapping[str, Any]) -> None:
     rows = {
         "losses": f"{same} ({allowed:g} allowed; workers: {sizes})",
         "samples": f"{audit['samples']:,} once, {audit['duplicates']} twice, {audit['gaps']} never",
-        "worker groups": f"{v['attempts']}, {v['redone_steps']} steps done again",
+        "worker groups": f"{v['attempts']}, {count('step', v['redone_steps'])} done again",
         "verdict": "PASSED" if v["passed"] else "FAILED",
     }
     pairs(console, "", rows)

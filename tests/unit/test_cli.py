@@ -146,7 +146,8 @@ def test_run_directories_that_are_none(run_file: str) -> None:
     for command in (["audit", "x"], ["goodput", "x"], ["checkpoint", "ls", "x"], ["checkpoint", "verify", "x"]):
         assert_one_line(cli(*command), "x: no such run directory")
     Path("y").mkdir()
-    assert_one_line(cli("audit", "y"), "config.toml: no such file")
+    for command in (["audit", "y"], ["goodput", "y"], ["checkpoint", "ls", "y"], ["checkpoint", "verify", "y"]):
+        assert_one_line(cli(*command), "y/config.toml: no such file")
 
 
 def test_dry_run_starts_nothing(run_file: str) -> None:
