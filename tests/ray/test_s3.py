@@ -121,7 +121,8 @@ def test_everything_on_s3(s3: S3Server, on_disk: RunConfig, gpt2dist: Run, tmp_p
     names = {name.split("/")[3] for name in objects}
     of_events = {name for name in names if re.fullmatch(r"events(\.\d)?\.jsonl", name)}
     assert names - of_events == {"checkpoints", "config.toml", "ledger.jsonl", "metrics.jsonl"}
-    assert len(of_events) == 6  # of two commands: when the driver begins, those of the workers, when it ends
+    # Of two commands: when the driver begins, when it reserves room, those of the workers, when it ends.
+    assert len(of_events) == 8
 
 
 @pytest.mark.timeout(240)
