@@ -41,10 +41,9 @@ def train_run(run: RunConfig) -> dict[str, Any]:
     return result
 
 
-def imports_compiler(run: RunConfig) -> bool:
-    """Train a run on this rank; whether that has imported torch's compiler."""
-    train_run(run)
-    return "torch._inductor.compile_fx" in sys.modules
+def have_imported_compiler(runs: list[RunConfig]) -> list[bool]:
+    """Train each run on this rank; whether this process has imported torch's compiler after it."""
+    return [bool(train_run(run)) and "torch._inductor.compile_fx" in sys.modules for run in runs]
 
 
 def compiled_graphs(run: RunConfig) -> int:
