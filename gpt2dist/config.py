@@ -179,15 +179,17 @@ class TrainSection(Section):
     """Gradients, and at stage 3 weights, travel in pieces of so many MB of fp32; not used at stage 2
     with up to 4 CPU workers."""
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass goes on; takes a second bucket."""
+    """Reduce gradients while the backward pass goes on; takes a second bucket. Not with one worker."""
     offload_optimizer: bool = False
     """Keep master weights and Adam moments in host memory, and update them there; changes nothing on CPU workers."""
     offload_param: bool = False
     """Keep the weights in host memory while they are not used; changes nothing on CPU workers."""
     compile: bool = False
-    """torch.compile each block. Same losses to rounding, but other dropout masks; CPU workers need a C++ compiler."""
+    """torch.compile each block, on CUDA the loss's softmax too. Same losses to rounding, but other dropout masks; CPU
+    workers need a C++ compiler."""
     deterministic: bool = True
-    """On CUDA: a run resumed from a checkpoint equals one that was never interrupted bit for bit, as on CPU workers."""
+    """On CUDA: only kernels that add in the same order in every run, as CPU workers do, for a resumed run to equal an
+    undisturbed one bit for bit."""
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
     their samples. In fp16 those that lower the loss scale do not count."""

@@ -109,9 +109,11 @@ def memory(run: RunConfig) -> dict[str, int]:
             "table in fp32": 0 if low == 4 else 2 * table,
             "gradient of the table": 4 * config.padded_vocab_size * config.n_embd,
         }
-    else:  # all at once; some rows in fp32, on CUDA twice (compiled: none)
-        in_fp32 = (0 if low == 4 else 4) if on_cpu else 0 if run.train.compile else 4 if low == 4 else 8
-        rows = in_fp32 * min(tokens, ROWS[device.type])
+    else:  # all at once; beside them some rows in fp32: where they are not, and on CUDA their logarithms
+        copies = (low != 4) + (not on_cpu)
+        if run.train.compile and not on_cpu:
+            copies = 0
+        rows = 4 * copies * min(tokens, ROWS[device.type])
         loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
     tables = 2 if on_cpu else 3  # its gradients from the head and from the embedding, on CPUs rows, and their sum
     bucket = round(run.train.bucket_mb * 1e6 / 4)

@@ -27,14 +27,17 @@ def linear_cross_entropy(
     x: [N, C]; weight: [V, C], V ≥ vocab_size, of x's dtype; targets: int64 [N]; result: scalar fp32.
 
     The logits are computed once; softmax and loss are fp32. In training their gradient (softmax − one-hot) takes their
-    place in memory during the forward pass; so there is one backward pass at most. `compiled`: on CUDA the softmax is
-    one kernel made by torch.compile.
+    place in memory during the forward pass; so there is one backward pass at most. `compiled`: on CUDA torch.compile
+    fuses the softmax.
     """
     working = product_dtype(x.dtype, x.device)
     in_chunks = x.device.type == "cpu" and working == torch.float32
     if torch.is_grad_enabled():
-        function: Any = _InChunks if in_chunks else _Whole
-        loss: Tensor = function.apply(x, weight, targets, vocab_size, compiled)
+        loss: Tensor
+        if in_chunks:
+            loss = _InChunks.apply(x, weight, targets, vocab_size)  # type: ignore[no-untyped-call]
+        else:
+            loss = _Whole.apply(x, weight, targets, vocab_size, compiled)  # type: ignore[no-untyped-call]
         return loss
     weight, losses = weight.to(working), []
     for part, target in zip(torch.split(x, CHUNK), torch.split(targets, CHUNK), strict=True):
@@ -47,7 +50,7 @@ class _InChunks(torch.autograd.Function):
     """Products in fp32. The forward pass does it all, one chunk of positions after the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         table = weight.float()
         losses, grad_x, grad_table = torch.empty(len(x)), torch.empty(x.shape), torch.empty(table.shape)
         buffer = torch.empty(min(CHUNK, len(x)), len(table))
@@ -62,10 +65,10 @@ class _InChunks(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad_x, grad_table), ctx.gradients = ctx.gradients, None
         scale = grad_loss / len(grad_x)
-        return grad_x.mul_(scale).to(ctx.dtype), grad_table.mul_(scale).to(ctx.dtype), None, None, None
+        return grad_x.mul_(scale).to(ctx.dtype), grad_table.mul_(scale).to(ctx.dtype), None, None
 
 
 class _Whole(torch.autograd.Function):
@@ -93,7 +96,6 @@ class _Whole(torch.autograd.Function):
 def _to_gradient(logits: Tensor, targets: Tensor, vocab_size: int, compiled: bool = False) -> Tensor:
     """Replace logits [N, V] by softmax − one-hot, computed in fp32; result: −log softmax(logits)[target], fp32 [N]."""
     logits[:, vocab_size:] = -torch.inf
-    losses: Tensor
     if logits.is_cuda:
         if compiled:  # keeps nothing in fp32 in memory
             losses = _compiled(_softmax_on_cuda)(logits, targets)
@@ -108,14 +110,14 @@ def _to_gradient(logits: Tensor, targets: Tensor, vocab_size: int, compiled: boo
 
 
 def _softmax_on_cuda(logits: Tensor, targets: Tensor) -> Tensor:
-    """Replace logits by their softmax; see `_to_gradient`. Few passes over memory; compiled, two."""
+    """Replace logits by their softmax; see `_to_gradient`. Compiled, in two passes over memory."""
     logs = torch.log_softmax(logits, -1, dtype=torch.float32)
     losses = logs.gather(1, targets[:, None])[:, 0].neg()
     logits.copy_(logs.exp_())
     return losses
 
 
-_compiled: Callable[..., Any] = functools.cache(torch.compile)
+_compiled: Callable[..., Callable[..., Tensor]] = functools.cache(torch.compile)
 
 
 def _softmax_on_cpu(logits: Tensor, targets: Tensor) -> Tensor:

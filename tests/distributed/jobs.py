@@ -43,7 +43,11 @@ def train_run(run: RunConfig) -> dict[str, Any]:
 
 def have_imported_compiler(runs: list[RunConfig]) -> list[bool]:
     """Train each run on this rank; whether this process has imported torch's compiler after it."""
-    return [bool(train_run(run)) and "torch._inductor.compile_fx" in sys.modules for run in runs]
+    imported = []
+    for run in runs:
+        train_run(run)
+        imported.append("torch._inductor.compile_fx" in sys.modules)
+    return imported
 
 
 def compiled_graphs(run: RunConfig) -> int:

@@ -24,7 +24,7 @@ from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.fragment import Fragment
 from gpt2dist.train.snapshot import Snapshot
 from tests.conftest import ROOT, tiny_run
-from tests.ray.test_train import Run, assert_audit, steps_done, training, wait_for, write
+from tests.ray.test_train import Run, assert_audit, events, steps_done, training, wait_for, write
 from tests.unit.test_generate import generated, prompts_of
 from tests.unit.test_model import transformers_twin
 
@@ -113,12 +113,12 @@ def test_killed_run_resumes_bit_for_bit(
         with training(write(run, tmp_path)) as process:
             wait_for(lambda: steps_done(run) >= 30)
             _worker(process).kill()
-            wait_for(lambda: len(_starts(run)) == 2 and steps_done(run) >= _starts(run)[1]["step"] + 20)
+            wait_for(lambda: len(events(run, "start")) == 2 and steps_done(run) >= events(run, "start")[1]["step"] + 20)
             process.descendants()  # type: ignore[attr-defined]
             process.kill()
         _train(gpt2dist, run)
         alone.result()
-    assert len(_starts(run)) == 3
+    assert len(events(run, "start")) == 3
     assert _rows(run, "step", "loss", "grad_norm", "val_loss") == _rows(
         undisturbed, "step", "loss", "grad_norm", "val_loss"
     )
@@ -130,10 +130,6 @@ def _worker(process: subprocess.Popen[str]) -> psutil.Process:
     children = psutil.Process(process.pid).children(recursive=True)
     (worker,) = (p for p in children if "RayTrainWorker" in " ".join(p.cmdline()))
     return worker
-
-
-def _starts(run: RunConfig) -> list[dict[str, Any]]:
-    return [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "start"]
 
 
 @pytest.mark.timeout(600)
@@ -157,7 +153,7 @@ def test_runs_move_between_cpu_and_gpu(make_data: Callable[..., str], gpt2dist: 
         moved = [side_by_side.submit(move, "up", cpu, gpu), side_by_side.submit(move, "down", gpu, cpu)]
         alone.result()
     for run in (done.result() for done in moved):
-        assert len(_starts(run)) == 2
+        assert len(events(run, "start")) == 2
         for ours, theirs in zip(_rows(run, "loss", "grad_norm"), _rows(reference, "loss", "grad_norm"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
         assert_audit(gpt2dist, run, 16)
