@@ -30,14 +30,14 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     run = load_run(run_file, overrides)
     check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
-    from gpt2dist.data.prepare import is_up_to_date
+    from gpt2dist.data.prepare import look
     from gpt2dist.data.prepare import prepare as run_prepare
     from gpt2dist.report import tables
     from gpt2dist.report.preparing import PrepareView
     from gpt2dist.storage import acquire_lock, check_writable, log_directory
 
     with keys_of(run_file):
-        manifest = is_up_to_date(run)
+        files, manifest = look(run)
     up_to_date = manifest is not None
     if manifest is None:
         check_writable(run.prepare.output)
@@ -54,10 +54,11 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     if as_json:
         tokens = {split: manifest.tokens(split) for split in manifest.splits}
         counts = {"documents": manifest.documents, "tokens": tokens, "fingerprint": manifest.fingerprint}
-        click.echo(json.dumps(counts))
+        click.echo(json.dumps({**counts, "passed_over": files.passed_over}))
         return
     console = make_console()
     tables.prepared(console, manifest, run.prepare.output)
+    tables.passed_over(console, files.passed_over)
     if up_to_date:
         console.print("up to date: nothing to do")
 

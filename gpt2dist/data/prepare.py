@@ -28,7 +28,7 @@ from gpt2dist.config import PrepareSection, RunConfig, UserError
 from gpt2dist.data import chunk, dedup, readers, sources, tokenizer
 from gpt2dist.data.chunk import PARTS, BadRecordFound, Part
 from gpt2dist.data.shards import MANIFEST, Manifest, Shard, Source, Split, Tally, read_manifest, write_manifest
-from gpt2dist.data.sources import Piece
+from gpt2dist.data.sources import Inventory, Piece
 from gpt2dist.storage import (
     check_writable,
     children,
@@ -66,8 +66,8 @@ class Progress:
     """What is being done after all bytes were read."""
 
 
-def is_up_to_date(run: RunConfig) -> Manifest | None:
-    """The manifest of the data set, where it is complete and made of just these sources.
+def look(run: RunConfig) -> tuple[Inventory, Manifest | None]:
+    """What there is to read; and the manifest of the data set, where it is complete and made of just that.
 
     Raises:
         UserError: a source is missing, or the output holds a data set made of something else.
@@ -76,7 +76,8 @@ def is_up_to_date(run: RunConfig) -> Manifest | None:
     if not p.output:
         raise UserError("prepare.output: required, but missing")
     tokenizer.load(p.vocab_dir)  # a bad vocabulary is a mistake to hear of now
-    return _finished_manifest(p, _request(p, sources.inventory(p)))
+    files = sources.inventory(p)
+    return files, _finished_manifest(p, _request(p, files.pieces))
 
 
 def _finished_manifest(p: PrepareSection, request: dict[str, Any]) -> Manifest | None:
@@ -107,7 +108,7 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
     """
     p = run.prepare
     check_writable(p.output)
-    pieces = sources.inventory(p)
+    pieces = sources.inventory(p).pieces
     chunks = sources.cut(pieces, max(1, int(p.shard_mb * 1e6)))
     request = _request(p, pieces)
     if manifest := _finished_manifest(p, request):  # another process has just ended

@@ -12,7 +12,8 @@ import io
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,19 +56,31 @@ class Piece:
         return CODECS.get(_suffixes(self.path)[1])
 
 
-def inventory(prepare: PrepareSection) -> list[Piece]:
-    """All files that `prepare.sources` names, sorted within each source. Raises `UserError`."""
+@dataclass(frozen=True)
+class Inventory:
+    """The files that `prepare.sources` names."""
+
+    pieces: list[Piece]
+    """One a file, sorted within each source."""
+    passed_over: Mapping[str, int]
+    """Suffix → files of kinds that cannot be read, which lie in a directory or match a glob; links of web pages are not
+    counted."""
+
+
+def inventory(prepare: PrepareSection) -> Inventory:
+    """What there is to read. Raises `UserError`."""
     if not prepare.sources:
         raise UserError("prepare.sources: empty; name files, directories, globs, URLs or builtin:stdlib")
     output = _full(prepare.output) + "/"
     for source in prepare.sources:
         if output.startswith(_full(source) + "/"):
             raise UserError(f"prepare.output: {prepare.output} lies in the source {without_secrets(source)}")
-    pieces = [piece for i, source in enumerate(prepare.sources) for piece in _expand(source, i)]
+    passed_over: Counter[str] = Counter()
+    pieces = [piece for i, source in enumerate(prepare.sources) for piece in _expand(source, i, passed_over)]
     for piece in pieces:
         if prepare.output and _full(piece.path).startswith(output):
             raise UserError(f"prepare.sources: {without_secrets(piece.path)} lies in prepare.output")
-    return pieces
+    return Inventory(pieces, passed_over)
 
 
 def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
@@ -123,7 +136,7 @@ def _full(location: str) -> str:
     return location.rstrip("/") if "://" in location else os.path.abspath(location)
 
 
-def _expand(source: str, index: int) -> list[Piece]:
+def _expand(source: str, index: int, passed_over: Counter[str]) -> list[Piece]:
     shown = without_secrets(source)
     if source == STDLIB:
         return _stdlib(index)
@@ -138,6 +151,7 @@ def _expand(source: str, index: int) -> list[Piece]:
         text = without_secrets_in((str(e) or type(e).__name__).splitlines()[0])
         raise UserError(f"prepare.sources: {shown}: cannot be listed: {text}") from None
     if not named:  # of a directory or a glob: the files we know
+        passed_over.update("".join(_suffixes(path)) for path in found if not _kind(path))
         found = {path: info for path, info in found.items() if _kind(path)}
     if not found:
         raise UserError(f"prepare.sources: {shown}: no such file, or nothing in it that can be read")

@@ -33,47 +33,50 @@ def show(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:
 def _memory(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:
     on_gpu = run.cluster.gpus_per_worker > 0
     groups = list(result["memory"][0]["groups"]) if result["memory"] else []
-    table = _table(
-        f"memory of one of {run.cluster.max_workers} workers, GB", ["options", *groups, "total", "host", "fits on"]
-    )
+    title = f"memory of one of {run.cluster.max_workers} workers, GB (*: as written)"
+    whole = _table(title, ["options", *groups, "total", "host", "fits on"])
+    narrow = _table(f"{title}; its parts: --json", ["options", "total", "host", "fits on"])
     for row in result["memory"]:
-        numbers = [*(row["groups"][name] for name in groups), row["total"], row["host"]]
-        fits = ", ".join(row["fits_on"]) or ("none" if on_gpu else "")
         own = row["name"] == result["own_options"]
-        name = row["name"] + (" (as written)" if own else "")
-        table.add_row(name, *(f"{n / 1e9:.2f}" for n in numbers), fits, style="bold" if own else None)
-    console.print(table)
+        fits = " ".join(row["fits_on"]) or ("none" if on_gpu else "")
+        for table, parts in ((whole, groups), (narrow, [])):
+            numbers = [*(row["groups"][name] for name in parts), row["total"], row["host"]]
+            cells = [row["name"] + (" *" if own else ""), *(f"{n / 1e9:.2f}" for n in numbers), fits]
+            table.add_row(*cells, style="bold" if own else None)
+    console.print(_first_that_fits(console, whole, narrow))
 
 
 def _setups(console: Console, title: str, setups: list[Mapping[str, Any]]) -> None:
-    columns = [
-        "machines",
-        "workers",
-        "options",
-        "GB / safe",
-        "tokens/s",
-        "on-demand",
-        "USD",
-        "spot",
-        "USD",
-        "save every",
-        "goodput",
-    ]
-    table = _table(title, columns)
+    needs, prices = ["machines", "workers", "options", "GB / safe"], ["on-demand", "USD", "spot", "USD"]
+    whole = _table(title, [*needs, "tokens/s", *prices, "save every", "goodput"])
+    narrow = _table(f"{title}; more: --json", ["machines", "options", "tokens/s", *prices])
+    problems: dict[str, list[str]] = {}
     for s in sorted(setups, key=lambda s: (not s["fits"], s["on_demand"]["usd"] or 0)):
-        machine = s["name"] if s["name"] == s["instance_type"] else f"{s['name']} ({s['instance_type']})"
+        machines = f"{s['machines']} × {s['name']}"
+        machines += f" ({s['instance_type']})" if s["name"] != s["instance_type"] else ""
+        if not s["fits"]:
+            problems.setdefault(s["problem"], []).append(machines)
+            continue
         memory = f"{s['memory_bytes'] / 1e9:.1f} / {s['memory_limit_bytes'] / 1e9:.1f}"
-        cells = [f"{s['machines']} × {machine}", str(s["workers"]), s["options"], memory]
-        if s["fits"]:
-            spot = s["spot"]
-            every = f"{_time(spot['checkpoint_interval_s'] / 3600)}"
-            costs = [cell for kind in ("on_demand", "spot") for cell in (_time(s[kind]["hours"]), _usd(s[kind]["usd"]))]
-            bound = " net" if s["network_bound"] else ""
-            cells += [f"{s['tokens_per_s']:,.0f}{bound}", *costs, every, f"{spot['goodput']:.1%}"]
-        else:
-            cells += ["does not fit: " + s["problem"]]
-        table.add_row(*cells)
-    console.print(table)
+        speed = f"{s['tokens_per_s']:,.0f}" + (" net" if s["network_bound"] else "")
+        costs = [cell for kind in ("on_demand", "spot") for cell in (_time(s[kind]["hours"]), _usd(s[kind]["usd"]))]
+        every = _time(s["spot"]["checkpoint_interval_s"] / 3600)
+        goodput = f"{s['spot']['goodput']:.1%}"
+        whole.add_row(machines, str(s["workers"]), s["options"], memory, speed, *costs, every, goodput)
+        narrow.add_row(machines, s["options"], speed, *costs)
+    if whole.row_count:
+        console.print(_first_that_fits(console, whole, narrow))
+    else:
+        console.print(title, style="italic")
+    for problem, machines_with_it in problems.items():
+        console.print(f"does not fit: {problem} ({', '.join(machines_with_it)})")
+
+
+def _first_that_fits(console: Console, *tables: Table) -> Table:
+    """The first that needs no more columns than the terminal has, else the last."""
+    unlimited = console.options.update(max_width=1000)
+    fits = (t for t in tables if console.measure(t, options=unlimited).maximum <= console.width)
+    return next(fits, tables[-1])
 
 
 def _assumptions(console: Console, run: RunConfig, result: Mapping[str, Any]) -> None:

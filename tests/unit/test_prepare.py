@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpt2dist.config import UserError
 from gpt2dist.data import dedup, encode, tokenizer
 from gpt2dist.data.inspection import verify
-from gpt2dist.data.prepare import is_up_to_date, prepare
+from gpt2dist.data.prepare import look, prepare
 from gpt2dist.data.shards import read_manifest
 from tests.unit.corpora import (
     contents,
@@ -272,11 +272,11 @@ def test_parts_of_another_request_are_not_used(tmp_path: Path) -> None:
 def test_up_to_date_and_other_settings(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", lines("one", "two"))
     run = prepare_run(tmp_path, source)
-    assert is_up_to_date(run) is None
+    assert look(run)[1] is None
     manifest = run_prepare(run)
-    assert is_up_to_date(run) == manifest
+    assert look(run)[1] == manifest
     with pytest.raises(UserError, match="made with other dedup"):
-        is_up_to_date(prepare_run(tmp_path, source, dedup="none"))
+        look(prepare_run(tmp_path, source, dedup="none"))
 
 
 def test_a_shard_that_was_lost_between_two_attempts_is_noticed(tmp_path: Path) -> None:

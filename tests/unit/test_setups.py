@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from gpt2dist.cli import main
 from gpt2dist.cluster.machines import load_machines
@@ -17,6 +19,7 @@ from gpt2dist.cluster.plan import arithmetic
 from gpt2dist.cluster.setups import Assumptions, Candidate, Options, Planner, grouped, memory_row, memory_table
 from gpt2dist.config import RunConfig, UserError, load_run
 from gpt2dist.model import gpt2
+from gpt2dist.report import planned
 from gpt2dist.storage import location
 from gpt2dist.train import rundir
 from tests.conftest import ROOT, tiny_run
@@ -276,7 +279,19 @@ def test_command_says_which_node_types_fit_and_counts_the_head(cluster: Path) ->
     assert {row["zero_stage"] for row in result["memory"]} == {0, 1, 2, 3}
     too_small = cli(str(ROOT / "jobs/gpt2_124m.toml"), "--machine", "m7i.xlarge")
     assert too_small.exit_code == 1
-    assert "does not fit: has no GPUs" in too_small.stdout
+    assert "does not fit: has no GPUs (8 × m7i.xlarge)" in too_small.stdout
+
+
+@pytest.mark.parametrize(("width", "shown", "not_shown"), [(80, "total", "moments"), (140, "moments", "…")])
+def test_tables_fit_the_terminal(width: int, shown: str, not_shown: str) -> None:
+    run_file = str(ROOT / "jobs/gpt2_124m.toml")
+    console = Console(file=io.StringIO(), width=width)
+    planned.show(console, load_run(run_file, ()), json.loads(cli(run_file, "--json").stdout))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ZeRO-3, checkpointing, offload " in text
+    assert shown in text
+    assert not_shown not in text
+    assert "…" not in text
 
 
 def test_measured_mfu_is_the_median_without_the_start(tmp_path: Path) -> None:

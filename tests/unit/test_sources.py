@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data import json_array, parquet_footer, readers, sources, tokenizer
 from gpt2dist.data.compressed import is_damage
+from gpt2dist.data.prepare import look
 from gpt2dist.data.readers import BadRecord, CannotRead, Document, Reader
 from gpt2dist.data.shards import read_manifest
 from gpt2dist.data.sources import Piece
@@ -152,7 +153,8 @@ def texts_in(run: RunConfig, file: str) -> list[str]:
 def test_several_sources_globs_and_directories(tmp_path: Path) -> None:
     write(tmp_path / "b/deep/2.txt", b"two")
     write(tmp_path / "b/1.md", b"one")
-    write(tmp_path / "b/ignored.pdf", b"%PDF")
+    for name in ("ignored.pdf", "deep/more.PDF", "c.parquet.gz", "Makefile"):
+        write(tmp_path / "b" / name, b"%PDF")
     one = write(tmp_path / "z.jsonl", lines("zero"))
     write_parquet(tmp_path / "c-1.parquet", ["three"])
     write_parquet(tmp_path / "c-2.parquet", ["four"])
@@ -160,6 +162,7 @@ def test_several_sources_globs_and_directories(tmp_path: Path) -> None:
     manifest = run_prepare(run)
     assert texts_of(run) == ["zero", "one", "two", "three", "four"]
     assert [source.kept.documents for source in manifest.sources] == [1, 2, 2]
+    assert look(run)[0].passed_over == {".pdf": 2, ".parquet.gz": 1, "": 1}
 
 
 @pytest.mark.parametrize(
