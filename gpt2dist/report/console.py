@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 
 
+PIPE_WIDTH = 1000
+"""Columns where nobody looks: no line is broken."""
+
+
 class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Lines of text are left for the terminal to wrap, so that paths and commands can be copied, and found by grep."""
+        if all(isinstance(o, str) for o in objects):
+            options.setdefault("soft_wrap", True)
+        super().print(*objects, **options)
+
     def on_broken_pipe(self) -> None:
         """Who reads it has gone: an error like others, where rich would end the program."""
         raise BrokenPipeError
 
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
-    """A console; on a pipe it does not wrap lines at 80 columns. Text is printed as it is, brackets too."""
+    """A console; on a pipe it breaks no line. Text is printed as it is, brackets too."""
     console = _Console(file=file, stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 160
+        console.width = PIPE_WIDTH
     return console
