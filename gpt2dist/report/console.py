@@ -6,14 +6,13 @@ from typing import IO, Any
 
 from rich.console import Console
 
-
 PIPE_WIDTH = 1000
 """Columns where nobody looks: no line is broken."""
 
 
 class _Console(Console):
     def print(self, *objects: Any, **options: Any) -> None:
-        """Lines of text are left for the terminal to wrap, so that paths and commands can be copied, and found by grep."""
+        """The terminal wraps lines of text, so that paths and commands in them can be copied and found."""
         if all(isinstance(o, str) for o in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
