@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from gpt2dist.config import RunConfig, UserError, parse_toml
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turns the errors that a user can mend into one line."""
+    """Turns the errors that a user can mend, and Ctrl-C, into one line."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -25,8 +26,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except UserError as e:
             fail(str(e), 2)
+        except KeyboardInterrupt:
+            interrupted()
 
     return run
+
+
+def interrupted(hint: str = "") -> NoReturn:
+    """End after Ctrl-C; hint: what to know of it."""
+    click.echo("interrupted" + hint, err=True)
+    sys.exit(128 + signal.SIGINT)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from gpt2dist.commands.common import address_option, check_in_a_job, command, json_option, keys_of, set_option
+from gpt2dist.commands.common import (
+    address_option,
+    check_in_a_job,
+    command,
+    interrupted,
+    json_option,
+    keys_of,
+    set_option,
+)
 from gpt2dist.config import UserError, load_run
 from gpt2dist.report.console import make_console
 
@@ -44,11 +52,14 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
         lock = acquire_lock(run.prepare.output, "another process is preparing this data set")
         log = log_directory(run.prepare.output) / "prepare.log"
         cpus = run.prepare.cpus or os.cpu_count() or 1
-        with output_to_log(log) as terminal:
-            console = make_console(None if as_json else terminal)
-            console.print(f"log {log}")
-            with keys_of(run_file), PrepareView(console) as view, ray_session(cpus, 0, address):
-                manifest = run_prepare(run, view.update)
+        try:
+            with output_to_log(log) as terminal:
+                console = make_console(None if as_json else terminal)
+                console.print(f"log {log}")
+                with keys_of(run_file), PrepareView(console) as view, ray_session(cpus, 0, address):
+                    manifest = run_prepare(run, view.update)
+        except KeyboardInterrupt:
+            interrupted("; the same command goes on with what is left")
         if lock:
             lock.release()
     if as_json:

@@ -1,4 +1,4 @@
-"""The command `prepare` on Ray: the same bytes with 1 and 2 CPUs, and after three kills at random moments."""
+"""The command `prepare` on Ray: the same bytes with 1 and 2 CPUs, and after two kills and Ctrl-C at random moments."""
 
 from __future__ import annotations
 
@@ -65,6 +65,17 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=30)
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C: one line, and no process is left."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.strip() == "interrupted; the same command goes on with what is left"
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
 @pytest.mark.timeout(600)
 def test_cpus_and_kills_change_no_byte(tmp_path: Path) -> None:
     texts = make_corpus(tmp_path, megabytes=24, shard_mb=1.0)
@@ -84,14 +95,19 @@ def test_cpus_and_kills_change_no_byte(tmp_path: Path) -> None:
     rng = random.Random(11)
     parts = tmp_path / "killed/parts"
     done: dict[str, int] = {}
-    for goal in sorted(rng.sample(range(1, 20), 3)):
+    goals = sorted(rng.sample(range(1, 20), 3))
+    for goal in goals:
         process = start(tmp_path, "killed", 2)
-        wait_until(lambda goal=goal: len(list(parts.glob("0*.json"))) >= goal, process)
+        least = max(goal, len(done) + 1)
+        wait_until(lambda least=least: len(list(parts.glob("0*.json"))) >= least, process)
         time.sleep(rng.random() / 2)
-        kill(process)
+        if goal == goals[-1]:
+            interrupt(process)
+        else:
+            kill(process)
         assert not (tmp_path / "killed/manifest.json").exists()
         now = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.json")}
-        assert len(now) >= goal
+        assert len(now) >= least
         assert {name: now[name] for name in done} == done, "a finished chunk was done again"
         done = now
     shards = {name: (tmp_path / "killed" / f"train-{name[:5]}.npy").stat().st_mtime_ns for name in done}
