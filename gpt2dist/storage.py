@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import filelock
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from upath import UPath
 
@@ -66,6 +67,18 @@ def filesystem(url: str) -> tuple[Any, str]:
     return fs, path
 
 
+def serves_ranges(fs: Any, url: str) -> bool:
+    """Whether the HTTP server of `url` sends a part of the file where it is asked for one; fs: of `filesystem`."""
+
+    async def ask() -> bool:
+        session = await fs.set_session()
+        headers = {**fs.kwargs.get("headers", {}), "Range": "bytes=0-0"}
+        async with session.get(fs.encode_url(url), headers=headers) as answer:
+            return bool(answer.status == 206)
+
+    return bool(sync(fs.loop, ask))
+
+
 def is_local(path: UPath) -> bool:
     """Whether `path` lies on a mounted file system."""
     return isinstance(path, Path)
@@ -81,8 +94,10 @@ def _options(url: str) -> dict[str, Any]:
     if is_http(url):
         import aiohttp
 
-        # aiohttp's own 300 s hold for a whole file; here, between two pieces that the server sends.
-        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}}
+        # aiohttp's own 300 s hold for a whole file; here, between two pieces that the server sends. Of a compressed
+        # answer a server may take the ranges of what it has compressed.
+        timeout = aiohttp.ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
+        return {"headers": {"Accept-Encoding": "identity"}, "client_kwargs": {"timeout": timeout}}
     if not url.startswith(("s3://", "s3a://")):
         return {}
     from gpt2dist import s3  # only where it is used: its libraries are large

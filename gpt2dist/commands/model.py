@@ -23,15 +23,27 @@ ema_option = click.option("--ema", is_flag=True, help="With the averaged weights
 model_argument = click.argument("location", metavar="RUN_DIR|HF_DIR")
 
 
+def _temperature(_: click.Context, __: click.Parameter, value: float) -> float:
+    if value != 0 and not 1e-6 <= value <= 1e6:  # nan neither
+        raise click.BadParameter(f"{value:g} is neither 0 nor from 1e-6 to 1e6.")
+    return value
+
+
+def _not_empty(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in values:
+        raise click.BadParameter("an empty string stands everywhere.")
+    return values
+
+
 @click.command()
 @model_argument
 @click.option("--prompt", "prompts", multiple=True, help="Text to go on from; may be repeated.")
 @click.option("--prompt-file", help="File with a prompt a line; -: standard input.")
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0: likeliest.")
+@click.option("--temperature", default=0.8, show_default=True, callback=_temperature, help="0: likeliest.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="1: all.")
-@click.option("--stop", multiple=True, help="End before this string; may be repeated.")
+@click.option("--stop", multiple=True, callback=_not_empty, help="End before this string; may be repeated.")
 @click.option("--stop-token", multiple=True, type=click.IntRange(0, 50256), help="End before this token id, likewise.")
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
 @click.option(
@@ -96,7 +108,8 @@ def generate(
 def _prompt_lines(file: str) -> list[str]:
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode().splitlines()
+        lines = data.decode("utf-8-sig").split("\n")
+        return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompt-file: {file}: cannot be read: {e}") from None
 

@@ -51,7 +51,9 @@ class Mixture:
         for path, manifest in manifests.items():
             if (other := seen.setdefault(manifest.fingerprint, path)) != path:
                 raise UserError(f"data.path: {other} and {path} are the same data set")
-        return cls([Component(p, manifests[p], n) for p, n in zip(weights, _shares([*weights.values()]), strict=True)])
+        paths = sorted(weights, key=lambda path: manifests[path].fingerprint)  # of equal weights, too, some get more
+        shares = _shares([weights[path] for path in paths])
+        return cls([Component(path, manifests[path], n) for path, n in zip(paths, shares, strict=True)])
 
     @property
     def fingerprint(self) -> str:

@@ -88,7 +88,16 @@ class Reader:
     def _text(self) -> Iterator[Document | BadRecord]:
         with open_piece(self.piece) as f:
             data = f.read(MAX_RECORD_BYTES + 1)
+        if len(data) <= MAX_RECORD_BYTES:
+            self._check_end(len(data))
         yield self._decode(0, data)
+
+    def _check_end(self, end: int) -> None:
+        """end: bytes of the file as it is now."""
+        piece = self.piece
+        if not piece.codec and end < piece.stop and piece.stop > 1:
+            path = without_secrets(piece.path)
+            raise CannotRead(f"{path}: ends at byte {end:,}, before {piece.stop:,}: shorter than when it was listed")
 
     def _lines(self) -> Iterator[Document | BadRecord]:
         piece = self.piece
@@ -102,6 +111,7 @@ class Reader:
                 if not line:
                     if piece.codec and not self.lines and piece.stop == 1:
                         yield BadRecord(0, "damaged file", f"empty, not a .{piece.codec} file")
+                    self._check_end(position)
                     return
                 position += len(line)
                 if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
@@ -223,6 +233,8 @@ class Reader:
         with open_piece(piece) as f:
             head = f.read(HEADER_BYTES)
             size = None if piece.whole else f.seek(0, io.SEEK_END)
+            if size is not None:
+                self._check_end(size)
             header, problem = header_of(head, size if size is not None else piece.stop)
             if problem:
                 if piece.start == 0:

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+from fsspec.utils import glob_translate
+
 from gpt2dist.config import PrepareSection, UserError
 from gpt2dist.data import json_array
 from gpt2dist.data.compressed import READ_BYTES, Decompressed, is_damage
-from gpt2dist.storage import filesystem
+from gpt2dist.storage import filesystem, serves_ranges
 from gpt2dist.urls import is_http, without_secrets, without_secrets_in
 
 STDLIB = "builtin:stdlib"
@@ -165,8 +168,35 @@ def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     elif os.path.isfile(source):
         paths = [source]
     else:
-        paths = [p for p in glob.glob(source, recursive=True) if os.path.isfile(p)]
-    return paths == [source], {p: {"size": os.path.getsize(p), "partial": True} for p in paths}
+        paths = list(_glob(source))
+    return paths == [source], {p: {"size": os.path.getsize(p) if _kind(p) else 0} for p in paths}
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """All files that match, each directory once. Raises `OSError` where one below a ** cannot be read."""
+    before, deep, _ = pattern.partition("**")
+    if deep:  # `glob` goes round and round in links, and passes over what it may not read
+        matches = re.compile(glob_translate(pattern)).match
+        roots = [root for root in glob.glob(before or ".") if os.path.isdir(root)]
+        found = [path for root in roots for path in _walk(root) if matches(path) and not _hidden(path, root)]
+    else:
+        found = glob.glob(pattern)
+    seen = set()
+    for path in sorted(found):
+        directory, name = os.path.split(path)
+        if (place := (os.path.realpath(directory), name)) not in seen and _is_file(path):
+            seen.add(place)
+            yield path
+
+
+def _hidden(path: str, root: str) -> bool:
+    """As in a shell: a * stands for no name that begins with a dot."""
+    return any(name.startswith(".") for name in os.path.relpath(path, root).split("/"))
+
+
+def _is_file(path: str) -> bool:
+    """Also a link to what is not there: its size cannot be read then, which is no reason to pass it over."""
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _walk(directory: str) -> Iterator[str]:
@@ -183,7 +213,7 @@ def _walk(directory: str) -> Iterator[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         below.sort()
-        yield from (path for name in files if os.path.isfile(path := os.path.join(place, name)))
+        yield from (path for name in files if _is_file(path := os.path.join(place, name)))
 
 
 def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
@@ -192,12 +222,17 @@ def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     http = is_http(source)
     globbed = "*" in source or "[" in source or (not http and "?" in source)
     if not (http and globbed) and ((http and _kind(source)) or fs.isfile(path)):  # also where its name has a ? in it
-        return True, {source: {"partial": not http, **fs.info(path)}}
+        return True, {source: _info(fs, path)}
     found = fs.glob(path, detail=True) if globbed else fs.find(path, detail=True)
     files = {fs.unstrip_protocol(p): info for p, info in found.items() if info.get("type") != "directory"}
     if http:  # a listing of links knows no sizes
-        files = {p: {"partial": False, **fs.info(p)} for p in files if _kind(p)}
+        files = {p: _info(fs, p) for p in files if _kind(p)}
     return False, files
+
+
+def _info(fs: Any, path: str) -> dict[str, Any]:
+    """fsspec's description of a file; `partial`: ranges of it can be read, which it does not know of HTTP servers."""
+    return {**fs.info(path), "partial": not is_http(path) or serves_ranges(fs, path)}
 
 
 def _suffixes(path: str) -> tuple[str, str]:
@@ -225,7 +260,7 @@ def _piece(path: str, info: dict[str, Any], source: int) -> Piece:
     size = info.get("size")
     if size is None:
         raise UserError(f"prepare.sources: {shown}: the server does not tell its size; download it first")
-    partial = bool(info.get("partial", True))  # fsspec's word for an HTTP server that serves byte ranges
+    partial = info.get("partial", True)
     if not partial and kind == "parquet":
         raise UserError(f"prepare.sources: {shown}: the server has no range requests; download it first")
     whole = kind == "text" or bool(_suffixes(path)[1]) or not partial

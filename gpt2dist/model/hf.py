@@ -99,7 +99,10 @@ def read_weights(location: str) -> Weights:
         stored = _stored_shape(name, shape, config)
         path, key = found[name]
         with _opened(path) as file:
-            has = tuple(file.get_slice(key).get_shape())
+            view = file.get_slice(key)
+            has, dtype = tuple(view.get_shape()), view.get_dtype()
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{path}: {key}: holds {dtype}, not floating-point numbers of 16 bits or more")
         if has != stored:
             raise UserError(f"{path}: {key}: shape {list(has)}, {CONFIG} asks for {list(stored)}")
 

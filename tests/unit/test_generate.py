@@ -203,6 +203,19 @@ def test_command(run_dir: str, tmp_path: Path) -> None:
     assert first == "import os" + rows["samples"][0]["text"]
     assert cli("generate", run_dir, "--max-tokens", "3", "--precision", "bf16").exit_code == 0
     assert_one_line(cli("generate", run_dir, "--prompt-file", "none"), "--prompt-file: none: cannot be read")
+    Path("odd.txt").write_bytes("\ufefffirst\r\n\nsec\x0cond \u2028 third\n".encode())  # one line end of three is one
+    rows = json.loads(cli("generate", run_dir, "--prompt-file", "odd.txt", "--json", *options).stdout)
+    assert [row["prompt"] for row in rows["samples"]] == ["first", "", "sec\x0cond \u2028 third"]
+    for option, value in (
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--temperature", "1e-40"),
+        ("--stop", ""),
+    ):
+        refused = cli("generate", run_dir, option, value)
+        assert refused.exit_code == 2
+        assert f"Invalid value for '{option}'" in refused.stderr
+    assert cli("generate", run_dir, "--temperature", "1e-6", "--max-tokens", "3").exit_code == 0
 
 
 @pytest.mark.parametrize("prompt", [[tokenizer.EOT, 5, 7], [5, tokenizer.EOT], [5, tokenizer.EOT, 7]])

@@ -225,6 +225,10 @@ def test_models_that_are_not_gpt2_are_refused(exported: Path, change: Any, messa
 
 def test_damaged_or_pickled_weights_are_refused(exported: Path) -> None:
     file = exported / "model.safetensors"
+    whole = file.read_bytes()
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(file).items()}, file)
+    assert_one_line(cli("export", "out", "--output", "again"), ": holds I8, not floating-point numbers")
+    file.write_bytes(whole)
     file.write_bytes(file.read_bytes()[:-8])
     assert_one_line(cli("export", "out", "--output", "again"), "model.safetensors: damaged: ")
     file.rename(exported / "pytorch_model.bin")

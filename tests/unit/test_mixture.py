@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,10 @@ def test_order_and_fingerprint_do_not_depend_on_the_table(mixed: RunConfig) -> N
         assert np.array_equal(a.samples(0, 500), b.samples(0, 500))
     heavier = tiny_run(data__path={path: i + 1.0 for i, path in enumerate(mixed.data.path)})
     assert Mixture.open(heavier).fingerprint != Mixture.open(mixed).fingerprint
+    names = list(mixed.data.path)  # equal weights that do not divide the shares
+    equal = [dict.fromkeys(turn, 1.0) for turn in itertools.permutations(names)]
+    assert SHARES % len(names) != 0
+    assert len({Mixture.of(weights).fingerprint for weights in equal}) == 1
 
 
 def test_evaluation_reads_every_data_set_and_no_sample_twice(mixed: RunConfig) -> None:

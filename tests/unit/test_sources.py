@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import http.server
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -17,7 +19,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,13 +32,13 @@ from hypothesis import strategies as st
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data import json_array, parquet_footer, readers, sources, tokenizer
 from gpt2dist.data.compressed import is_damage
-from gpt2dist.data.prepare import look
+from gpt2dist.data.prepare import look, prepare
 from gpt2dist.data.readers import BadRecord, CannotRead, Document, Reader
 from gpt2dist.data.shards import read_manifest
 from gpt2dist.data.sources import Piece
 from gpt2dist.urls import without_secrets, without_secrets_in
 from tests.conftest import tiny_run
-from tests.unit.corpora import failure, ids_of, lines, prepare_run, quarantine, run_prepare, texts_of, write
+from tests.unit.corpora import failure, ids_of, in_process, lines, prepare_run, quarantine, run_prepare, texts_of, write
 
 EOT = 50256
 TEXTS = ["one fish", "two fish\nthree", "rot fisch — blau", "neun\u2028zehn", "x" * 500, "last"]
@@ -191,11 +193,20 @@ def http_server(tmp_path: Path) -> Iterator[str]:
     """Python's own, which has no range requests."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     handler.log_message = lambda *a: None  # type: ignore[attr-defined]
+    with serving(handler) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """An HTTP server on loopback."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.bin"])
@@ -210,6 +221,62 @@ def test_http_without_ranges(tmp_path: Path, http_server: str, name: str) -> Non
     run_prepare(run)
     assert texts_of(run) == (texts if name != "a.txt" else texts[2:])
     assert "secret" not in (tmp_path / "out/manifest.json").read_text()
+
+
+class WithRanges(http.server.SimpleHTTPRequestHandler):
+    """Serves byte ranges; where a client takes gzip, it compresses, as some servers do."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            data = gzip.compress(data)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(wanted[1]), int(wanted[2])) if wanted else (0, len(data))
+        self.asked.append(f"{first}-{last}" if wanted else "all")
+        self.send_response((206 if first < len(data) else 416) if wanted else 200)
+        self.send_header("Content-Length", str(len(data[first : last + 1])))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_http_with_ranges_is_read_in_pieces(tmp_path: Path) -> None:
+    texts = [f"document {i} " * 40 for i in range(60)]
+    write(tmp_path / "www/a.jsonl", lines(*texts))
+    write_parquet(tmp_path / "www/b.parquet", ["one", "two"])
+    with serving(functools.partial(WithRanges, directory=str(tmp_path / "www"))) as url:
+        run = prepare_run(tmp_path, f"{url}/a.jsonl", f"{url}/b.parquet", shard_mb=0.005)
+        assert [piece.whole for piece in sources.inventory(run.prepare).pieces] == [False, False]
+        manifest = run_prepare(run)
+    assert len(manifest.splits["train"]) > 4
+    assert texts_of(run) == [*texts, "one", "two"]
+    assert "all" not in WithRanges.asked
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin"])
+def test_a_file_that_has_become_shorter_is_no_end_of_the_documents(tmp_path: Path, name: str) -> None:
+    if name == "a.bin":  # nanoGPT's; llm.c's says in its header how long it is
+        whole = np.tile(np.array([10, 11, EOT], dtype=np.uint16), 500).tobytes()
+        half = whole[:1500]
+    else:
+        whole = lines(*[f"text {i}" for i in range(300)])
+        half = whole[: whole.index(b"\n", len(whole) // 2) + 1]
+    write(tmp_path / name, whole)
+    run = prepare_run(tmp_path, str(tmp_path / name), shard_mb=0.001)
+
+    def execute(function: Any, rows: list[dict[str, Any]], p: Any) -> Any:
+        write(tmp_path / name, half)
+        yield from in_process(function, rows, p)
+
+    with pytest.raises(
+        UserError, match=rf"{name}: ends at byte [\d,]+, before [\d,]+: shorter than when it was listed"
+    ):
+        prepare(run, lambda _: None, execute)
+    assert not (tmp_path / "out/manifest.json").exists()
 
 
 def test_memory_file_system_with_globs_and_ranges(tmp_path: Path) -> None:
@@ -243,9 +310,34 @@ def test_a_directory_is_read_through_links_and_once(tmp_path: Path) -> None:
     (tmp_path / "corpus/a").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/up").symlink_to(tmp_path / "corpus")
-    run = prepare_run(tmp_path, str(tmp_path / "corpus"), dedup="none")
-    run_prepare(run)
-    assert texts_of(run) == ["corpus/3.txt", "elsewhere/1.txt", "elsewhere/deep/2.txt"]
+    for source in ("corpus", "corpus/**/*.txt"):
+        run = prepare_run(tmp_path, str(tmp_path / source), dedup="none", output=f"out-{len(source)}")
+        run_prepare(run)
+        assert texts_of(run) == ["corpus/3.txt", "elsewhere/1.txt", "elsewhere/deep/2.txt"]
+
+
+def test_a_glob_of_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/y/d.md", ".git/e.txt", "x/.f.txt"):
+        write(tmp_path / name, name.encode())
+    monkeypatch.chdir(tmp_path)
+    for pattern, names in {
+        "**/*.txt": ["a.txt", "x/b.txt", "x/y/c.txt"],
+        "x/**": ["x/b.txt", "x/y/c.txt", "x/y/d.md"],
+        "*/**/c.txt": ["x/y/c.txt"],
+        f"{tmp_path}/**/y/*": [f"{tmp_path}/x/y/c.txt", f"{tmp_path}/x/y/d.md"],
+    }.items():
+        found = sources.inventory(tiny_run(prepare__sources=[pattern], prepare__output="out").prepare).pieces
+        assert [os.path.normpath(piece.path) for piece in found] == names
+
+
+@pytest.mark.parametrize("source", ["corpus", "corpus/*", "corpus/**", "corpus/gone.jsonl"])
+def test_a_link_to_what_is_not_there_is_not_passed_over(tmp_path: Path, source: str) -> None:
+    write(tmp_path / "corpus/a.txt", b"here")
+    (tmp_path / "corpus/gone.jsonl").symlink_to("/mnt/gone/b.jsonl")
+    text = failure(prepare_run(tmp_path, str(tmp_path / source)))
+    assert "cannot be listed: " in text
+    assert "No such file or directory: " in text
+    assert "gone.jsonl" in text
 
 
 def test_a_directory_that_may_not_be_read_is_no_empty_one() -> None:
@@ -257,9 +349,10 @@ def test_a_directory_that_may_not_be_read_is_no_empty_one() -> None:
         (place / "secret").chmod(0)
         if os.getuid() == 0:  # whom nothing is forbidden
             os.seteuid(65534)
-        run = tiny_run(prepare__sources=[str(place)], prepare__output="elsewhere")
-        with pytest.raises(UserError, match=r"cannot be listed: .*Permission denied: '.*/secret'"):
-            sources.inventory(run.prepare)
+        for source in (str(place), f"{place}/**/*.txt"):
+            run = tiny_run(prepare__sources=[source], prepare__output="elsewhere")
+            with pytest.raises(UserError, match=r"cannot be listed: .*Permission denied: '.*/secret'"):
+                sources.inventory(run.prepare)
     finally:
         os.seteuid(os.getuid())
         shutil.rmtree(place)
