@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -27,7 +28,7 @@ class JsonLines:
     """An append-only log, one JSON object a line.
 
     Floats are written as Python's repr, so equal bits print equal. A torn last line (the writer was
-    killed) is not a record: `read` leaves it out and `keep` removes it.
+    killed) is not a record: `read` leaves it out and `cut` removes it.
 
     Objects cannot be appended to. There the log is x.jsonl, x.1.jsonl, x.2.jsonl, … in this order; a writer keeps
     the text of its own last one in memory and puts it whole. Two processes that append have different objects, and
@@ -144,30 +145,28 @@ class JsonLines:
                 break
         return [record for records in reversed(found) for record in records]
 
-    def keep(self, condition: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Drop the records that do not meet `condition`, atomically; returns the dropped ones.
+    def each(self) -> Iterator[dict[str, Any]]:
+        """The same as `read`, without holding them all."""
+        for path in self._parts():
+            with path.open("rb") if is_local(path) else io.BytesIO(read_bytes(path)) as f:
+                yield from (record for line in f if (record := _record(line)) is not None)
 
-        On an object store each object by itself is cut atomically, the last one first, and the log goes on in it.
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Drop what comes after the last record for which `keep` holds; returns the dropped records.
+
+        However long the log is, only its end is read. On an object store each object by itself is cut atomically,
+        the last one first, and the log goes on in it.
         """
-        if is_local(self.path):
-            parts = [self._keep(path, path.read_bytes(), condition)[1] for path in self._parts()]
-            return [record for dropped in parts for record in dropped]
         dropped: list[dict[str, Any]] = []
-        for i, (path, data) in enumerate(reversed(self._contents())):
-            left, gone = self._keep(path, data, condition)
+        for i, path in enumerate(reversed(self._parts())):
+            cut_part = _cut_file if is_local(path) else _cut_object
+            found, gone, left = cut_part(path, keep)
             dropped = gone + dropped
-            if i == 0 and len(left) < SEGMENT_BYTES:
+            if i == 0 and not is_local(path) and len(left) < SEGMENT_BYTES:
                 self._segment, self._text, self._waiting, self._put_length = path, left, False, len(left)
+            if found:
+                break
         return dropped
-
-    def _keep(
-        self, path: UPath, data: bytes, condition: Callable[[dict[str, Any]], bool]
-    ) -> tuple[str, list[dict[str, Any]]]:
-        records = _records(data)
-        left = "".join(json.dumps(record) + "\n" for record in records if condition(record))
-        if left.encode() != data:
-            publish(path, left.encode())
-        return left, [record for record in records if not condition(record)]
 
     def _segments(self) -> list[tuple[int, UPath]]:
         """(number, object), in order."""
@@ -217,6 +216,45 @@ def _append_text(path: UPath, text: str) -> None:
         except OSError:  # the disk is full: no part of a record
             f.truncate(end)
             raise
+
+
+def _cut_file(path: UPath, keep: Callable[[dict[str, Any]], bool]) -> tuple[bool, list[dict[str, Any]], str]:
+    """Whether there was a record to keep, the dropped ones, and nothing."""
+    size, block = path.stat().st_size, 1 << 16
+    with path.open("rb+") as f:
+        while True:
+            start = f.seek(max(0, size - block))
+            start += len(f.readline()) if start else 0  # of a line that began before
+            end, gone = _kept_end(f.read(), keep)
+            if end or not start or block > size:
+                break
+            block *= 8
+        if start + end < size:
+            f.truncate(start + end)
+    return end > 0, gone, ""
+
+
+def _cut_object(path: UPath, keep: Callable[[dict[str, Any]], bool]) -> tuple[bool, list[dict[str, Any]], str]:
+    """The same, and the text that is left."""
+    data = read_bytes(path)
+    end, gone = _kept_end(data, keep)
+    if end < len(data):
+        publish(path, data[:end])
+    return end > 0, gone, data[:end].decode()
+
+
+def _kept_end(data: bytes, keep: Callable[[dict[str, Any]], bool]) -> tuple[int, list[dict[str, Any]]]:
+    """Where the last record ends for which `keep` holds (0: there is none), and the records after it."""
+    lines = data.splitlines(keepends=True)
+    end = len(data)
+    gone: list[dict[str, Any]] = []
+    for line in reversed(lines):
+        record = _record(line)
+        if record is not None and keep(record):
+            return end, gone[::-1]
+        gone += [record] if record is not None else []
+        end -= len(line)
+    return 0, gone[::-1]
 
 
 def _records(data: bytes) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,12 +123,18 @@ def commit(directory: UPath, index: Index) -> None:
                 remove(path)
 
 
-def clear(run_dir: str, step: int) -> list[int]:
-    """Delete what is no checkpoint: directories without an index, which dead attempts left, and all after `step`.
+def clear(run_dir: str, step: int, bad: Collection[int] = ()) -> list[int]:
+    """Delete what is no checkpoint: directories without an index, which dead attempts left, and the `bad` ones.
 
-    Training goes on with `step`; if there is a later one, it was found to be damaged. Returns the steps.
+    Training goes on with `step`. Returns the deleted steps.
+
+    Raises:
+        RuntimeError: a later one is there that is not bad: an attempt before committed it meanwhile.
     """
-    left = [(s, path) for s, path in _directories(run_dir) if s > step or not exists(path / INDEX)]
+    found = _directories(run_dir)
+    left = [(s, path) for s, path in found if s in bad or not exists(path / INDEX)]
+    if later := [s for s, path in found if s > step and (s, path) not in left]:
+        raise RuntimeError(f"the checkpoint of step {later[0]} was committed while step {step} was loaded")
     for _, path in left:
         _remove_checkpoint(path)
     return sorted(s for s, _ in left)
@@ -149,13 +155,15 @@ def _is_left(checkpoint: Checkpoint, step: int, attempt: int) -> bool:
     return checkpoint.index.step > step and checkpoint.index.attempt <= attempt
 
 
-def prune(run_dir: str, keep: int, keep_every: int) -> list[int]:
-    """Delete all but the newest `keep` checkpoints and every `keep_every`-th step; returns the deleted steps.
+def prune(run_dir: str, keep: int, keep_every: int, clean: int) -> list[int]:
+    """Delete all but the newest `keep` checkpoints, the newest up to `clean`, and every `keep_every`-th step.
 
+    Returns the deleted steps.
     Directories without an index, of saves that failed, go too where they are older than the newest checkpoint.
     """
     committed = sorted(step for step, path in _directories(run_dir) if exists(path / INDEX))
-    kept = set(committed[-keep:]) | {s for s in committed if keep_every and s % keep_every == 0}
+    kept = {*committed[-keep:], *[s for s in committed if s <= clean][-1:]}
+    kept |= {s for s in committed if keep_every and s % keep_every == 0}
     gone = [(s, path) for s, path in _directories(run_dir) if committed and s < committed[-1] and s not in kept]
     for _, path in gone:
         _remove_checkpoint(path)

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -31,6 +31,7 @@ from gpt2dist.train.allocator import cpu_worker_environment
 from gpt2dist.train.saved import changes
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
+T = TypeVar("T")
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
 """Wait before a restart: nothing after the first failure in a row, then 5 s, 15 s, 35 s and so on."""
 LONGEST_LOOK_S = 10.0
@@ -200,7 +201,7 @@ class TrainJob:
                     failures = 1 if saved > before else failures + 1
                     if 0 <= limit < failures:
                         raise
-                    pause = BACK_OFF_S * (2 ** (failures - 1) - 1)
+                    pause = BACK_OFF_S * (2 ** min(failures - 1, 20) - 1)
                     if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
                         return
             else:
@@ -209,8 +210,7 @@ class TrainJob:
                 if end in ("finished", "stopped"):
                     return
                 failures = 0
-                if end == "rewound":
-                    self._resolve()
+            self._wait_to_resolve()  # a group may have failed, too, after it had logged a rewind
             if self._requested() == rundir.RESIZE:
                 with contextlib.suppress(OSError, StorageError):
                     rundir.withdraw(self.run.run_dir)
@@ -246,6 +246,12 @@ class TrainJob:
         """Leave out what rewinds have left out, and write the resolved configuration."""
         self.run = rundir.with_rewinds(self.run, self._events.read())
         publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
+
+    def _wait_to_resolve(self) -> None:
+        try:
+            when_there(self.run, self._resolve, self._say_away)
+        finally:
+            self.waits_for = ""
 
     def _saved_step(self) -> int:
         try:
@@ -299,20 +305,32 @@ class TrainJob:
 
 
 def newest_when_there(run: RunConfig, away: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint of a run that has begun; waits while the storage is away.
+    """The newest checkpoint of a run that has begun; waits while the storage is away: see `when_there`.
+
+    Raises:
+        NoneLeft: none is good.
+    """
+
+    def newest() -> checkpoint.Checkpoint | None:
+        if not exists(location(run.run_dir) / "config.toml"):
+            raise StorageError(f"{run.run_dir}: the run's directory is not there any more")
+        return checkpoint.newest(run.run_dir)
+
+    return when_there(run, newest, away)
+
+
+def when_there(run: RunConfig, look: Callable[[], T], away: Callable[[str], None]) -> T:
+    """What `look` returns; tried again while the run's storage is away.
 
     away: told what is wrong, again and again.
 
     Raises:
-        NoneLeft: none is good.
         OSError, StorageError: away for `checkpoint.retry_minutes`.
     """
     pause, give_up = 1.0, time.monotonic() + 60 * run.checkpoint.retry_minutes
     while True:
         try:
-            if not exists(location(run.run_dir) / "config.toml"):
-                raise StorageError(f"{run.run_dir}: the run's directory is not there any more")
-            return checkpoint.newest(run.run_dir)
+            return look()
         except (OSError, StorageError) as e:
             if time.monotonic() > give_up:
                 raise
@@ -384,7 +402,7 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
         try:
             ends = len(self._ends())
             rundir.request(self.run_dir, rundir.RESIZE)
-            end = time.monotonic() + RESIZE_SAVE_S
+            end = time.monotonic() + self._patience()
             while len(self._ends()) == ends and time.monotonic() < end:
                 time.sleep(0.5)
             if rundir.requested(self.run_dir) == rundir.RESIZE:
@@ -395,7 +413,14 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
             print(f"no save before resizing: {e}", flush=True)
 
     def _ends(self) -> list[Any]:
-        return [e for e in rundir.events_log(self.run_dir).read() if e["event"] == "end"]
+        return [e for e in rundir.events_log(self.run_dir).read() if e["event"] in ("end", "rewind", "hang")]
+
+    def _patience(self) -> float:
+        """Seconds: of a worker that dies meanwhile nobody hears before this callback has returned."""
+        saves = [e["seconds"] for e in rundir.events_log(self.run_dir).read() if e["event"] == "commit"]
+        step = (rundir.metrics_log(self.run_dir).tail() or [{}])[-1]
+        busy = max(saves, default=0.0) + step.get("step_s", 0.0) + step.get("eval_s", 0.0)
+        return float(min(RESIZE_SAVE_S, 60.0 + 5 * busy))
 
 
 class FailureLog(UserCallback):  # type: ignore[misc]

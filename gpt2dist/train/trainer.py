@@ -27,7 +27,7 @@ from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, micro_batches, positions, stack_steps
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
-from gpt2dist.train import checkpoint, divergence, ledger, rundir
+from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
@@ -48,6 +48,8 @@ COLLECT_EVERY = 50
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
+LATEST_BYTES = 1 << 17
+"""Of metrics.jsonl: well over as many steps as a loss is held against."""
 NAMED_DOCUMENTS = 1000
 """Of a divergence, in events.jsonl."""
 
@@ -59,6 +61,11 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of a micro-batch's dropout masks; independent of the rank that runs it."""
     digest = hashlib.sha256(f"dropout/{seed}/{step}/{micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def is_applied(row: dict[str, Any]) -> bool:
+    """Of a line of metrics: false where its gradients were not finite and fp16's loss scale is not to blame."""
+    return "skipped" not in row or "rescaled" in row
 
 
 def _collect_by_hand() -> None:
@@ -184,9 +191,9 @@ class Trainer:
     def close(self) -> None:
         """Write the log lines that wait, also after a failure."""
         self._flush()
-        if self.attempt:
-            self.watchdog.close()
-            self.saver.close()
+        for name in ("watchdog", "saver"):  # what failed at the start of the attempt may have left them unmade
+            if part := getattr(self, name, None):
+                part.close()
 
     def train_step(self, batches: Iterator[StepBatch]) -> tuple[dict[str, Any], Wishes]:
         """One step of the whole group; returns its metrics, and what the ranks want now."""
@@ -227,7 +234,9 @@ class Trainer:
             self.skipped.clear()
         else:
             metrics["skipped"] = True
-            if not result.rescaled:
+            if result.rescaled:
+                metrics["rescaled"] = True
+            else:
                 self.skipped[self.step] = batch.ids
         self.uncommitted.append(batch.ids)
         self.step += 1
@@ -277,12 +286,13 @@ class Trainer:
             for rewind in rundir.rewinds(self.events.read()):
                 checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
             steps = checkpoint.steps(self.run.run_dir)
-        first_problem = ""
+        first_problem, bad = "", set()
         for step in self._agree(steps):
             problem = self._load(step)
             if not problem:
                 break
             first_problem = first_problem or problem
+            bad.add(step)
             self._event("bad_checkpoint", step=step, reason=problem)
         else:
             if first_problem:  # to begin again would be another run
@@ -290,7 +300,7 @@ class Trainer:
                 raise NoneLeft(self.run.run_dir, first_problem)
             if self.run.model.init_from:
                 self.engine.set_weights(hf.read_weights(self.run.model.init_from))
-        self._open_attempt()
+        self._open_attempt(bad)
 
     def _load(self, step: int) -> str:
         """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
@@ -343,7 +353,7 @@ class Trainer:
         start = time.perf_counter()
         self._note(self.saver.advance(wishes.busy, wishes.failed))
         # A rewind would delete what is saved after a bad step, and retention meanwhile the one to go back to.
-        wanted = wishes.save and not self.divergence.suspicious
+        wanted = wishes.save and not self.divergence.bad
         if wanted and not self.saver.busy and self.saved_step != self.step:
             self._begin_save()
             if not self.run.checkpoint.background:
@@ -354,7 +364,8 @@ class Trainer:
         """Take a snapshot of this step and start writing it. A collective."""
         everyone = self.engine.gather_rows(torch.from_numpy(stack_steps(self.uncommitted))).numpy()
         directory = checkpoint.step_directory(self.run.run_dir, self.step)
-        self.saver.begin(self.step, directory, partial(self._commit, self._index(), everyone))
+        clean = self.step - self.divergence.bad
+        self.saver.begin(self.step, directory, partial(self._commit, self._index(), everyone, clean))
         self.times.begun()
 
     def _note(self, outcome: Outcome | None) -> None:
@@ -386,8 +397,11 @@ class Trainer:
             fragments=[],
         )
 
-    def _commit(self, index: Index, ids: Ids, written: Written) -> None:
-        """Rank 0, in the background: the ledger's lines, then the index, then retention. ids: [world, steps, slots]."""
+    def _commit(self, index: Index, ids: Ids, clean: int, written: Written) -> None:
+        """Rank 0, in the background: the ledger's lines, then the index, then retention.
+
+        ids: [world, steps, slots]; clean: the step before the bad ones that came last, to which a rewind may lead.
+        """
         starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
@@ -404,18 +418,18 @@ class Trainer:
         index = index.model_copy(update={"files": written.files, "fragments": written.fragments})
         checkpoint.commit(written.directory, index)
         try:
-            checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every)
+            checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every, clean)
         except (OSError, StorageError) as e:  # it is saved all the same
             self._event("not_deleted", step=index.step, reason=str(e))
 
-    def _open_attempt(self) -> None:
-        """Drop what earlier attempts left but did not commit, and log the start of this one."""
+    def _open_attempt(self, bad: set[int]) -> None:
+        """Drop what earlier attempts left but did not commit, and log the start of this one; bad: damaged steps."""
         if self.rank == 0:
-            checkpoint.clear(self.run.run_dir, self.step)
+            checkpoint.clear(self.run.run_dir, self.step, bad)
             attempts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
             self.attempt = max(attempts, default=0) + 1
-            self.ledger.keep(lambda line: bool(line["step"] < self.step))
-            redone = self.metrics.keep(lambda line: bool(line["step"] < self.step))
+            self.ledger.cut(lambda line: bool(line["step"] < self.step))
+            redone = self.metrics.cut(lambda line: bool(line["step"] < self.step))
             start = {
                 "time": time.time(),
                 "event": "start",
@@ -431,9 +445,11 @@ class Trainer:
         self.attempt = self._agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
-        before = [row["loss"] for row in self.metrics.tail()][-divergence.WINDOW :] if self.rank == 0 else []
         train = self.run.train
-        self.divergence = Divergence(train.spike, train.rewind_after, self._agree(before))
+        before = self.metrics.tail(LATEST_BYTES) if self.rank == 0 and train.rewind else []
+        self.divergence = Divergence(train.spike, train.rewind_after)
+        for loss, applied in self._agree([(row["loss"], is_applied(row)) for row in before]):
+            self.divergence.add(loss, applied)
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
         if self.run.checkpoint.every_minutes == "auto":
@@ -509,7 +525,7 @@ class Trainer:
         if self.rank:
             return 0
         self._flush()
-        return sum("skipped" in line for line in self.metrics.read())
+        return sum("skipped" in line for line in self.metrics.each())
 
     def _wishes(self) -> list[float]:
         """This rank's part of `Wishes`; rank 0 speaks for all, but each has its own save."""
@@ -517,10 +533,11 @@ class Trainer:
             return [0.0, 0.0, 0.0, 0.0, *self.saver.status()]
         now = time.time()
         ask = now >= self.next_ask
+        in_time = now + self.saver.estimate(self.saver.bytes) <= self.leave_at  # else the last save would wait for it
         return [
             self._request(),
             float(now >= self.leave_at),
-            float(self.times.due(self.step + 1)),
+            float(in_time and self.times.due(self.step + 1)),
             float(ask),
             *self.saver.status(),
         ]

@@ -22,22 +22,27 @@ Ranks = Callable[..., list[Any]]
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("keep", [2, 1])
+@pytest.mark.parametrize(("keep", "stop"), [(2, None), (1, None), (1, 6)])
 def test_bad_samples_are_left_out_and_named(
-    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, keep: int
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, keep: int, stop: int | None
 ) -> None:
     """The run that went back equals one that left the samples out from the start, bit for bit.
 
-    With keep = 1 a checkpoint of step 6, after the first bad step, would have taken the place of step 4's.
+    With keep = 1 a checkpoint of step 6, after the first bad step, would have taken the place of step 4's; where the
+    run is stopped and resumed there it is saved, but step 4's stays.
     """
     changes = {"data__path": make_data([3000, 900]), "train__rewind": True, "checkpoint__every_steps": 2}
     changes["checkpoint__keep"] = keep
     changes["batch__warmup_steps"] = 9  # M = 1 1 1 2 2 2 3 3 3 4 4 4
     run = tiny_run(storage=str(tmp_path), **changes)
     bad = SampleOrder(run, Mixture.open(run)).samples(14, 30).tolist()
+    if stop:
+        part = tiny_run(storage=str(tmp_path), train__stop_at=stop, **changes)
+        assert ranks(jobs.train_with_bad_samples, 2, part, bad)[0] == ["stopped"]
     (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, bad)
     assert ends == ["rewound", "finished"]
-    assert [e["step"] for e in rundir.events_log(run.run_dir).read() if e["event"] == "start"] == [0, 4]
+    starts = [e["step"] for e in rundir.events_log(run.run_dir).read() if e["event"] == "start"]
+    assert starts == ([0, stop, 4] if stop else [0, 4])
     (event,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "rewind"]
     assert (event["steps"], event["positions"], event["samples"]) == ([5, 8], [[14, 30]], bad)
     assert {Path(d["shard"]).name for d in event["documents"]} <= {"train-00000.npy", "train-00001.npy"}

@@ -80,7 +80,7 @@ def test_retention(tmp_path: Path) -> None:
         save(tmp_path, step)
     dead = checkpoint.step_directory(str(tmp_path), 5) / INDEX
     dead.unlink()  # as an attempt leaves it that dies while saving
-    assert checkpoint.prune(str(tmp_path), keep=2, keep_every=3) == [1, 2, 4, 5]
+    assert checkpoint.prune(str(tmp_path), keep=2, keep_every=3, clean=7) == [1, 2, 4, 5]
     left = [c.index.step for c in checkpoint.committed(str(tmp_path)) if isinstance(c, Checkpoint)]
     assert left == [7, 6, 3]
     assert not dead.parent.exists()
@@ -90,17 +90,32 @@ def test_retention_leaves_unfinished_newer_directories(tmp_path: Path) -> None:
     save(tmp_path, 4)
     being_written = checkpoint.step_directory(str(tmp_path), 8)
     checkpoint.write_rank(being_written, 0, fragments({"a": [13], "b": [7]})[0])
-    assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0) == []
+    assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0, clean=4) == []
     assert being_written.exists()
+
+
+def test_retention_keeps_what_a_rewind_would_lead_to(tmp_path: Path) -> None:
+    for step in (3, 4, 6, 7):
+        save(tmp_path, step)
+    assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0, clean=5) == [3, 6]
+    assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0, clean=7) == [4]
+
+
+def test_a_checkpoint_that_came_while_another_was_loaded_is_not_deleted(tmp_path: Path) -> None:
+    save(tmp_path, 8)
+    save(tmp_path, 12)  # by a worker of the attempt before, which had been cut off
+    with pytest.raises(RuntimeError, match="step 12 was committed while step 8 was loaded"):
+        checkpoint.clear(str(tmp_path), 8)
+    assert [c.index.step for c in checkpoint.committed(str(tmp_path)) if isinstance(c, Checkpoint)] == [12, 8]
 
 
 def test_retention_never_removes_what_was_saved_last(tmp_path: Path) -> None:
     """A damaged checkpoint of a later step, left out at the start, does not count as the newest one."""
     save(tmp_path, 4)
     flip(save(tmp_path, 8).path / "rank-00000.safetensors")
-    assert checkpoint.clear(str(tmp_path), 4) == [8]  # as the trainer does when it goes on from step 4
+    assert checkpoint.clear(str(tmp_path), 4, bad={8}) == [8]  # as the trainer does when it goes on from step 4
     save(tmp_path, 6)
-    assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0) == [4]
+    assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0, clean=6) == [4]
     found = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.index.step == 6

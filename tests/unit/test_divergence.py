@@ -29,10 +29,18 @@ def test_skipped_steps_count() -> None:
 
 
 def test_what_was_bad_does_not_become_the_measure() -> None:
-    seen = Divergence(1.0, 5, losses=[4.0] * 50)
+    seen = after([4.0] * 50, 5)
     assert [seen.add(6.0, applied=True) for _ in range(5)] == [False] * 4 + [True]
 
 
 def test_losses_before_a_resume_count() -> None:
-    assert Divergence(1.0, 1, losses=[4.0] * 10).add(5.5, applied=True)
-    assert not Divergence(1.0, 1, losses=[4.0] * 9).add(5.5, applied=True)
+    assert after([4.0] * 10, 1).add(5.5, applied=True)
+    assert not after([4.0] * 9, 1).add(5.5, applied=True)
+    assert after([4.0] * 10 + [5.5] * 2, 3).add(5.5, applied=True)  # also those that were bad
+
+
+def after(losses: list[float], in_a_row: int) -> Divergence:
+    seen = Divergence(1.0, in_a_row)
+    for loss in losses:
+        seen.add(loss, applied=True)
+    return seen

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,10 +41,24 @@ def test_json_lines_survive_a_torn_line(tmp_path: Path) -> None:
         f.write('{"step": 5, "lo')  # the writer was killed here
     assert log.read() == records
     assert log.tail() == records
-    assert log.keep(lambda r: r["step"] < 3) == records[3:]
+    assert log.cut(lambda r: r["step"] < 3) == records[3:]
     log.append(records[3])
     assert log.read() == records[:4]
     assert [json.loads(line) for line in open(tmp_path / "log.jsonl")] == records[:4]
+
+
+@pytest.mark.parametrize("first", [0, 3, 19_999, 20_000])
+def test_the_end_of_a_long_log_is_cut_without_reading_the_rest(tmp_path: Path, first: int) -> None:
+    log = JsonLines(UPath(tmp_path) / "log.jsonl")
+    records = [{"step": i, "text": "x" * 100} for i in range(20_000)]
+    log.append(*records)
+    tracemalloc.start()
+    dropped = log.cut(lambda r: r["step"] < first)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert dropped == records[first:]
+    assert list(log.each()) == log.read() == records[:first]
+    assert first < 19_000 or peak < 1_000_000
 
 
 @pytest.fixture
@@ -107,8 +122,8 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path, line: bytes) -> 
     assert log.read() == log.tail() == [{"step": 0}]
     log.append({"step": 1})
     assert [r for r in log.read() if r != {"a": 1}] == [{"step": 0}, {"step": 1}]
-    log.keep(lambda r: "step" in r)
-    assert (tmp_path / "log.jsonl").read_bytes() == b'{"step": 0}\n{"step": 1}\n'
+    assert log.cut(lambda r: r.get("step") == 0)[-1] == {"step": 1}
+    assert log.read() == [{"step": 0}]
 
 
 @pytest.mark.parametrize("size", [100, 300_000])

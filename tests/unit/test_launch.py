@@ -1,0 +1,41 @@
+"""What follows when a worker group has ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.train
+
+from gpt2dist.train import rundir
+from gpt2dist.train.launch import TrainJob
+from tests.conftest import tiny_run
+
+
+def test_a_group_that_fails_after_it_has_logged_a_rewind_is_followed_by_one_without_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may die between the event and the end of the last one: the next group has to know of the event."""
+    run = tiny_run(storage=str(tmp_path), train__rewind=True)
+    Path(run.run_dir).mkdir()
+    events = rundir.events_log(run.run_dir)
+    skips: list[Any] = []
+
+    def fit(job: TrainJob) -> Any:
+        skips.append(job.run.data.skip)
+        if len(skips) > 1:
+            return SimpleNamespace(return_value="finished")
+        events.append({"time": time.time(), "event": "start", "attempt": 1, "step": 0})
+        events.append({"time": time.time(), "event": "rewind", "attempt": 1, "steps": [5, 8], "positions": [[14, 30]]})
+        events.append({"time": time.time(), "event": "failure", "cause": "worker 1: its process died"})
+        raise ray.train.TrainingFailedError("worker 1")
+
+    monkeypatch.setattr(TrainJob, "_worker_group", lambda job, scratch: SimpleNamespace(fit=lambda: fit(job)))
+    job = TrainJob(run, time.time())
+    job._thread.join(30)
+    job.check()
+    assert [list(skip) for skip in skips] == [[], [(14, 30)]]
+    assert "skip = []" not in (Path(run.run_dir) / "config.toml").read_text()
