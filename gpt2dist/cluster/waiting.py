@@ -17,7 +17,6 @@ from ray.core.generated import autoscaler_pb2
 from gpt2dist.config import RunConfig
 from gpt2dist.train import reservation
 
-ACCELERATOR_LABEL = "ray.io/accelerator-type"
 TIMEOUT_S = 5.0
 RECENT_S = 120.0
 """A machine that could not be started is told of for so long."""
@@ -66,7 +65,7 @@ class Room:
 
     def _may_run_on(self, node: Any) -> bool:
         usable = node.status in (autoscaler_pb2.NodeStatus.RUNNING, autoscaler_pb2.NodeStatus.IDLE)
-        return usable and self.accelerator in ("", node.labels.get(ACCELERATOR_LABEL))
+        return usable and self.accelerator in ("", node.labels.get(reservation.ACCELERATOR_LABEL))
 
     def _fit(self, resources: Mapping[str, float]) -> int:
         return int(min(resources.get(name, 0.0) / amount + 1e-6 for name, amount in self.needs.items() if amount))

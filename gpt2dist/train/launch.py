@@ -285,7 +285,7 @@ class TrainJob:
                 num_workers=run.cluster.workers,
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
-                label_selector={"ray.io/accelerator-type": accelerator} if accelerator else None,
+                label_selector={reservation.ACCELERATOR_LABEL: accelerator} if accelerator else None,
                 elastic_resize_monitor_interval_s=run.cluster.resize_interval_s,
             ),
             run_config=RayRunConfig(
@@ -297,6 +297,7 @@ class TrainJob:
                     FailureLog(run.run_dir),
                     SaveBeforeResize(run.run_dir),
                     reservation.ReservationLog(run.run_dir),
+                    *([reservation.OnItsMachines(accelerator)] if accelerator else []),
                 ],
             ),
             datasets={DATASET: placeholder},

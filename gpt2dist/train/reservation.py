@@ -10,15 +10,18 @@ import time
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
 from ray.core.generated import gcs_pb2
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util.placement_group import PlacementGroup
 
 from gpt2dist.train import rundir
 
 COORDINATOR = "AutoscalingCoordinator"
 """Ray's name for its actor, and of the namespace in which that is."""
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
 TIMEOUT_S = 5.0
 PLACED = (gcs_pb2.PlacementGroupTableData.CREATED, gcs_pb2.PlacementGroupTableData.PREPARED)
 """States of a placement group that has its room."""
@@ -36,6 +39,33 @@ class ReservationLog(ControllerCallback):  # type: ignore[misc]
         requester = f"train-{train_run_context.run_id}"
         event = {"time": time.time(), "event": "reservation", "requester": requester}
         rundir.events_log(self.run_dir).try_append(event)
+
+
+class OnItsMachines(ControllerCallback):  # type: ignore[misc]
+    """Counts the room for an elastic group on machines with its accelerator alone.
+
+    Ray Train counts what is reserved for the group, and that on any machine: the group was ended for a larger one which
+    could not be placed.
+    """
+
+    def __init__(self, accelerator: str) -> None:
+        self.accelerator = accelerator
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray Train calls this in the process that decides; nobody else is in it."""
+        ElasticScalingPolicy._count_possible_workers = lambda policy, reserved: self._count(policy.scaling_config)
+
+    def _count(self, config: Any) -> int:
+        needs = {name: n for name, n in config._resources_per_worker_not_none.items() if n}
+        try:
+            free = available_resources_per_node()
+            mine = [n["NodeID"] for n in ray.nodes() if n["Labels"].get(ACCELERATOR_LABEL) == self.accelerator]
+            placed = sum(len(group.bundles) for group in groups(*PLACED))
+        except Exception as e:  # the head is busy, or away: nothing is decided now
+            print(f"room on {self.accelerator} is not known: {type(e).__name__}", flush=True)
+            return 0
+        room = [min(free[node].get(name, 0.0) // n for name, n in needs.items()) for node in mine if node in free]
+        return int(min(placed + sum(room), config.max_workers))
 
 
 def groups(*states: int) -> list[Any]:

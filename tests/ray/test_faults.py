@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,30 @@ def test_group_grows_with_the_cluster_and_shrinks_when_a_node_dies(
     assert [e["workers"] for e in events(run, "resize")] == [2]
     assert logged(run) == pytest.approx(undisturbed(run, ranks, 2), abs=1e-5)
     assert_audit(gpt2dist, run, steps_done(run))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_group_does_not_grow_onto_machines_of_another_kind(tmp_path: Path) -> None:
+    """Those of another run, perhaps; Ray Train would end the group for one that cannot be placed. GPUs in name only."""
+    log = tmp_path / "log"
+    log.touch()
+    with LocalCluster() as cluster:
+        cluster.add_node(3, "--num-gpus=1", "--labels=ray.io/accelerator-type=A100")
+        command = [sys.executable, "-m", "tests.ray.elastic_group", "A100", str(log), str(tmp_path / "storage")]
+        process = subprocess.Popen(command, env=cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: log.read_text().startswith("0 of 1\n"))
+            cluster.add_node(3, "--num-gpus=1", "--labels=ray.io/accelerator-type=L4")
+            time.sleep(20)  # of 3 s between two looks
+            before = len(log.read_text())
+            wait_for(lambda: len(log.read_text()) > before, 10)
+            assert set(log.read_text().splitlines()) == {"0 of 1"}
+            cluster.add_node(3, "--num-gpus=1", "--labels=ray.io/accelerator-type=A100")
+            wait_for(lambda: {"0 of 2", "1 of 2"} < set(log.read_text().splitlines()))
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.faults
