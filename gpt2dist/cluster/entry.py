@@ -17,7 +17,8 @@ from typing import Any
 PAUSE_S = 5.0
 """Before the driver is started again; what is left of the old one has gone by then."""
 USER_ERROR = 2
-"""Exit code after a mistake of the user's: starting again would not help."""
+"""Exit code after a mistake of the user's: starting again would not help. What has started once was none: then the
+storage or Ray's head is away."""
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +50,7 @@ class _Stop:
 def _run(command: list[str], retries: int, stop: _Stop) -> int:
     for left in range(retries, -1, -1):
         code = subprocess.Popen(command, preexec_fn=_end_with_parent).wait()
-        if code in (0, USER_ERROR) or stop.asked:
+        if code == 0 or stop.asked or (code == USER_ERROR and left == retries):
             break
         what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         print(f"the driver {what}; " + (f"{left} retries left" if left else "no retries left"), flush=True)

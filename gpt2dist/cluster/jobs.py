@@ -189,11 +189,10 @@ class JobClient:
         return sorted(wanted, key=lambda job: (job.started or 0.0, job.attempt))
 
     def find(self, name: str) -> Job:
-        """The newest attempt of a run, or the job with an id. Raises `UserError`."""
+        """The newest attempt of a run, or else the job with an id. Raises `UserError`."""
         jobs = self.jobs()
-        for job in reversed(jobs):
-            if name in (job.run, job.id):
-                return job
+        for job in [*(job for job in reversed(jobs) if job.run == name), *(job for job in jobs if job.id == name)]:
+            return job
         known = ", ".join(sorted({job.run or job.id for job in jobs})) or "none"
         raise UserError(f"{name}: no such run or job at {self.address}; known: {known}")
 

@@ -251,6 +251,14 @@ MISTAKES = {
     "fewer GPUs than the machine has": Mistake(
         CLUSTER, "GPU: 8}", "GPU: 4}", "resources", f"{A100}.resources.GPU", "GPU: 8", "warning"
     ),
+    "another GPU than the machine has": Mistake(
+        CLUSTER,
+        "accelerator-type: A100",
+        "accelerator-type: H100",
+        "resources",
+        f"{A100}.labels.ray.io/accelerator-type",
+        "A100",
+    ),
     "more CPUs than the machine has": Mistake(
         CLUSTER, "CPU: 96", "CPU: 128", "resources", f"{A100}.resources.CPU", "CPU: 96"
     ),
@@ -383,6 +391,9 @@ MISTAKES = {
     ),
     "spot daemon in the foreground": Mistake(
         CLUSTER, "setsid --fork gpt2dist", "gpt2dist", "spot-watch", "worker_start_ray_commands[1]", "setsid"
+    ),
+    "spot daemon of another cloud": Mistake(
+        CLUSTER, "--cloud aws", "--cloud gcp", "spot-watch", "worker_start_ray_commands[1]", "--cloud aws"
     ),
     # ---- containers
     "no shared memory": Mistake(
@@ -726,6 +737,17 @@ def test_a_network_file_system_is_shared_storage(repository: Path) -> None:
     mount = "initialization_commands:\n  - sudo mount -t lustre fs-0.fsx.us-east-1.amazonaws.com@tcp:/x /mnt/lustre"
     file.write_text(text.replace("initialization_commands:", mount))
     assert found(repository, CLUSTER, *run) == []
+    for command, option, shared in [
+        ("sudo mount -t nfs4 10.0.0.5:/ /mnt/efs; sudo chmod 777 /mnt/efs", "-v /mnt/efs:/fsx", True),
+        ("(mountpoint -q /mnt/efs || sudo mount -t nfs4 10.0.0.5:/ /mnt/efs)", "-v /mnt/efs/deep:/fsx", True),
+        ("sudo mount -t efs -o tls fs-1:/ /mnt/efs/", "--mount=type=bind,source=/mnt/efs,target=/fsx", True),
+        ("sudo mount -t efs fs-1:/ /mnt/efs", "-v /mnt/efs-scratch:/fsx", False),
+    ]:
+        changed = text.replace("-v /mnt/lustre:/fsx", option).replace(
+            "initialization_commands:", f"initialization_commands:\n  - {command}"
+        )
+        file.write_text(changed)
+        assert {f.rule for f in found(repository, CLUSTER, *run)} == (set() if shared else {"shared-storage"}), command
 
     manifest = repository / FLEET
     text = manifest.read_text()
@@ -736,6 +758,12 @@ def test_a_network_file_system_is_shared_storage(repository: Path) -> None:
     text = re.sub(r"( +)volumes:\n", r"\1volumes:\n\1  - {name: fsx, persistentVolumeClaim: {claimName: fsx}}\n", text)
     manifest.write_text(text)
     assert found(repository, FLEET, *run) == []
+
+
+def test_kuberay_takes_a_request_of_cpus_for_a_limit(repository: Path) -> None:
+    manifest = repository / FLEET
+    manifest.write_text(re.sub(r'limits: \{cpu: "\d+", ', "limits: {", manifest.read_text()))
+    assert found(repository, FLEET, RUN_124M) == []
 
 
 def test_spot_machines_of_other_clouds(repository: Path) -> None:

@@ -192,6 +192,27 @@ def test_mistake_of_the_user_is_not_tried_again(tmp_path: Path, code: int, start
     assert len((tmp_path / "starts").read_text()) == starts
 
 
+def test_storage_that_is_away_when_a_dead_driver_is_started_again_is_no_mistake(tmp_path: Path) -> None:
+    program = (
+        COUNT + "n = os.stat('starts').st_size; os.kill(os.getpid(), 9) if n == 1 else sys.exit(2 if n < 4 else 0)"
+    )
+    process = entry(tmp_path, program, "5")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "starts").read_text() == "xxxx"
+
+
+def test_a_run_comes_before_a_job_of_another_run_whose_id_is_its_name() -> None:
+    client = object.__new__(jobs.JobClient)
+    client.jobs = lambda run="": [  # type: ignore[method-assign]
+        jobs.Job("exp-1-1", "exp-1", 1, "RUNNING"),
+        jobs.Job("exp-1", "exp", 1, "RUNNING"),  # the newer one
+    ]
+    assert client.find("exp-1").run == "exp-1"
+    assert client.find("exp").id == "exp-1"
+    assert client.find("exp-1-1").run == "exp-1"
+
+
 def test_stopped_driver_is_waited_for_and_not_started_again(tmp_path: Path) -> None:
     """Ray signals the entry point and the driver; the driver takes its time, and ends with its own exit code."""
     program = (

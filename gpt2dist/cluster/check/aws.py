@@ -189,6 +189,11 @@ def _resources(document: Document, path: Path, known: Machines) -> None:
         elif key == "GPU" and says is not None and says < has:
             what = f"{says:g}, but a {kind} has {has}: the others are paid for and never used"
             document.warning("resources", (*path, "resources", key), what, f"{key}: {has}")
+    label: Path = (*path, "labels", "ray.io/accelerator-type")
+    named, gpu = str(document.at(*label) or ""), machine.gpu.partition("-")[0]
+    if named and named.partition("-")[0] != gpu:
+        what = f"{named}, but a {kind} has {gpu or 'no GPU'}: runs that ask for {named} are placed here"
+        document.error("resources", label, what, gpu or "remove it")
 
 
 def check_head(document: Document) -> None:

@@ -392,8 +392,8 @@ def _resources(document: Document, container: Path) -> None:
     )
     if not document.table(*container):
         return
-    for key in ("cpu", "memory"):
-        if key not in limits:
+    for key, given in (("cpu", {*limits, *requests}), ("memory", {*limits})):  # KubeRay takes a request of CPUs as well
+        if key not in given:
             what = f"no limit of {key}: Ray takes what the whole machine has for its own"
             document.error("resources", (*container, "resources", "limits"), what, f"{key}: as requested")
     if GPU in requests and GPU not in limits:
@@ -458,6 +458,7 @@ def _cluster(document: Document, spec: Path, known: Machines) -> Cluster:
     for i, worker in enumerate(document.items(*spec, "workerGroupSpecs")):
         path: Path = (*spec, "workerGroupSpecs", i)
         limits = document.table(*_container(document, path), "resources", "limits")
+        requests = document.table(*_container(document, path), "resources", "requests")
         params, own = worker.get("rayStartParams") or {}, worker.get("resources") or {}
         selector = document.table(*path, "template", "spec", "nodeSelector")
         common &= _claims(document, path)
@@ -467,7 +468,7 @@ def _cluster(document: Document, spec: Path, known: Machines) -> Cluster:
                 path=path,
                 most=worker.get(count, 0),
                 most_path=(*path, count),
-                cpus=_quantity(own.get("CPU") or params.get("num-cpus") or limits.get("cpu", 0)),
+                cpus=_quantity(own.get("CPU") or params.get("num-cpus") or limits.get("cpu") or requests.get("cpu", 0)),
                 gpus=_quantity(own.get("GPU") or params.get("num-gpus") or limits.get(GPU, 0)),
                 accelerator=(worker.get("labels") or {}).get("ray.io/accelerator-type", ""),
                 machine=known.machines.get(selector.get("node.kubernetes.io/instance-type", "")),

@@ -269,7 +269,19 @@ def _spot_watch(document: Document) -> None:
             f"- setsid --fork gpt2dist cluster spot-watch --cloud {document.at('provider', 'type')} "
             "> /tmp/spot-watch.log 2>&1 < /dev/null",
         )
-    elif not re.search(r"setsid|nohup.*&|&\s*\)?$|systemd-run", commands[watching]):
+        return
+    asked, provider = (
+        (re.findall(r"--cloud[= ](\S+)", commands[watching]) or ["aws"])[0],
+        document.at("provider", "type"),
+    )
+    if asked != provider:
+        document.error(
+            "spot-watch",
+            (*path, watching),
+            f"asks the metadata service of {asked} for notices, but the machines are of {provider}",
+            f"--cloud {provider}",
+        )
+    if not re.search(r"setsid|nohup.*&|&\s*\)?$|systemd-run", commands[watching]):
         document.error(
             "spot-watch", (*path, watching), "does not end, so that `ray start` is never reached", "setsid --fork …"
         )
@@ -327,9 +339,13 @@ def _cluster(document: Document, known: Machines) -> Cluster:
 
 def _shared_mounts(document: Document) -> tuple[str, ...]:
     """Where a network file system that every node mounts is seen in the container."""
-    form = re.compile(r"\bmount\b[^;&|]*\s(?:nfs4?|efs|lustre)\b[^;&|]*\s(/\S+)")
-    mounted = [m for command in document.strings("initialization_commands") for m in form.findall(command)]
+    form = re.compile(r"\bmount\b[^;&|]*\s(?:nfs4?|efs|lustre)\b[^;&|]*\s(/[^\s;&|)]+)")
+    mounted = [m.rstrip("/") for command in document.strings("initialization_commands") for m in form.findall(command)]
     options = " ".join(document.strings("docker", "run_options"))
     volumes = re.findall(r"(?:-v|--volume)[= ](/[^:\s]+):(/[^:\s]+)", options)
-    shared = [inside for outside, inside in volumes if any(outside.startswith(place) for place in mounted)]
+    for text in re.findall(r"--mount[= ](\S+)", options):
+        parts = dict(part.partition("=")[::2] for part in text.split(","))
+        outside, inside = parts.get("source") or parts.get("src"), parts.get("target") or parts.get("dst")
+        volumes += [(outside, inside or parts["destination"])] if outside and (inside or "destination" in parts) else []
+    shared = [inside for outside, inside in volumes if any(f"{outside}/".startswith(f"{m}/") for m in mounted)]
     return tuple(shared if document.table("docker").get("container_name") else mounted)
