@@ -782,9 +782,9 @@ def test_spot_machines_of_other_clouds(repository: Path) -> None:
         )
         assert found(repository, CLUSTER) == []
         (repository / CLUSTER).write_text(
-            text.replace("type: aws", f"type: {cloud}").replace(
-                "      InstanceType: m7i", f"{spot}      InstanceType: m7i"
-            )
+            text.replace("type: aws", f"type: {cloud}")
+            .replace("      InstanceType: m7i", f"{spot}      InstanceType: m7i")
+            .replace("--cloud aws", f"--cloud {cloud}")
         )
         assert [(f.rule, f.severity) for f in found(repository, CLUSTER)] == [("spot-head", "error")]
 
