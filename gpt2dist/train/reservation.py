@@ -58,14 +58,15 @@ class OnItsMachines(ControllerCallback):  # type: ignore[misc]
     def _count(self, config: Any) -> int:
         needs = {name: n for name, n in config._resources_per_worker_not_none.items() if n}
         try:
-            free = available_resources_per_node()
+            free, going = available_resources_per_node(), ray_state.get_draining_nodes()
             mine = [n["NodeID"] for n in ray.nodes() if n["Labels"].get(ACCELERATOR_LABEL) == self.accelerator]
             placed = sum(len(group.bundles) for group in groups(*PLACED))
         except Exception as e:  # the head is busy, or away: nothing is decided now
             print(f"room on {self.accelerator} is not known: {type(e).__name__}", flush=True)
             return 0
-        room = [min(free[node].get(name, 0.0) // n for name, n in needs.items()) for node in mine if node in free]
-        return int(min(placed + sum(room), config.max_workers))
+        nodes = [free[node] for node in mine if node in free and node not in going]
+        room = sum(int(min(has.get(name, 0.0) / n + 1e-6 for name, n in needs.items())) for has in nodes)
+        return int(min(placed + room, config.max_workers))
 
 
 def groups(*states: int) -> list[Any]:
