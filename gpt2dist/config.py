@@ -124,7 +124,9 @@ class DataSection(Section):
         if isinstance(path, dict):
             for name, weight in path.items():
                 if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-                    raise ValueError(f"the weight of {name} must be a number above 0, got {json.dumps(weight)}")
+                    raise ValueError(
+                        f"the weight of {name} must be a number above 0, got {json.dumps(weight, default=str)}"
+                    )
         if not isinstance(path, (str, dict)) or path == {}:
             raise ValueError(f"a path, or a table of paths with their weights, got {json.dumps(path, default=str)}")
         return path
@@ -385,7 +387,7 @@ class RunConfig(Section):
 
     name: str
     """Name of the run; its directory is storage/name."""
-    storage: str = "runs"
+    storage: str = Field(default="runs", min_length=1)
     """Where runs are kept."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the sample order and dropout."""

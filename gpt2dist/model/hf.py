@@ -139,7 +139,11 @@ def export(location: str, config: GPT2Config, weights: Weights, vocab_dir: str =
     Raises:
         UserError: there is a model already, or nothing can be written there.
     """
+    if not location:
+        raise UserError("--output: empty; name a directory")
     directory = storage.location(location)
+    if storage.exists(directory / "config.toml"):
+        raise UserError(f"{location}: holds a run; choose another directory")
     if storage.exists(directory / CONFIG):
         raise UserError(f"{location}: holds a model already; choose another directory")
     files = tokenizer.files(vocab_dir)

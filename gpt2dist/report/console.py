@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import IO, Any
 
 from rich.console import Console
@@ -19,7 +21,7 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         """Who reads it has gone: an error like others, where rich would end the program."""
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # as click knows it
 
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:

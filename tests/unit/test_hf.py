@@ -147,6 +147,8 @@ def test_a_failed_export_leaves_no_model(run_dir: str, model: GPT2) -> None:
 
 def test_mistakes_in_export(run_dir: str, exported: Path) -> None:
     assert_one_line(cli("export", run_dir, "--output", "out"), "out: holds a model already; choose another directory")
+    assert_one_line(cli("export", run_dir, "--output", ""), "--output: empty")
+    assert_one_line(cli("export", run_dir, "--output", run_dir), f"{run_dir}: holds a run; choose another directory")
     result = cli("export", run_dir, "--output", "new", "--step", "5")
     assert_one_line(result, "made: no checkpoint of step 5; see: gpt2dist checkpoint ls")
     assert_one_line(cli("export", "out", "--output", "new", "--step", "5"), "not a run directory, it has no steps")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,12 @@ def test_command_says_which_node_types_fit_and_counts_the_head(cluster: Path) ->
     too_small = cli(str(ROOT / "jobs/gpt2_124m.toml"), "--machine", "m7i.xlarge")
     assert too_small.exit_code == 1
     assert "does not fit: has no GPUs (8 × m7i.xlarge)" in too_small.stdout
+
+
+def test_a_reader_that_goes_away_ends_it_without_a_traceback() -> None:
+    command = f"{sys.executable} -m gpt2dist plan {ROOT / 'jobs/gpt2_124m.toml'} | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("gpt2-124m\n", "")
 
 
 @pytest.mark.parametrize(("width", "shown", "not_shown"), [(80, "total", "moments"), (140, "moments", "…")])
