@@ -50,9 +50,9 @@ def location(text: str) -> UPath:
     Raises:
         UserError: there are credentials in it, or nothing opens locations of its kind.
     """
-    if "://" in text and "@" in urlsplit(text).netloc:
-        raise UserError(f"{without_secrets(text)}: give credentials by environment variables, not in the location")
     try:
+        if "://" in text and "@" in urlsplit(text).netloc:
+            raise UserError(f"{without_secrets(text)}: give credentials by environment variables, not in the location")
         path = UPath(text, **_options(text))
         if not is_local(path):
             _ = path.fs  # imports its package

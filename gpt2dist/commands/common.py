@@ -26,6 +26,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except UserError as e:
             fail(str(e), 2)
+        except OSError as e:  # a directory in place of a file, a name too long, a link to itself
+            if not isinstance(e.filename, (str, os.PathLike)):
+                raise
+            fail(f"{e.filename}: {e.strerror}", 2)
         except KeyboardInterrupt:
             interrupted()
 

@@ -68,6 +68,8 @@ def test_missing_or_bad_sources(run_file: str, tmp_path: Path) -> None:
     assert_one_line(prepare("[]"), "prepare.sources: empty")
     assert_one_line(prepare('["builtin:x"]'), "prepare.sources: builtin:x: unknown; did you mean builtin:stdlib?")
     assert_one_line(prepare('["x.pdf"]'), "x.pdf: unknown kind of file")
+    assert_one_line(cli("audit", "a" * 300), "File name too long")
+    assert_one_line(cli("audit", "http://[::1"), "http://[::1: cannot be opened: Invalid IPv6 URL")
     assert not Path("out").exists()
 
 
