@@ -226,7 +226,7 @@ def _cut_file(path: UPath, keep: Callable[[dict[str, Any]], bool]) -> tuple[bool
             start = f.seek(max(0, size - block))
             start += len(f.readline()) if start else 0  # of a line that began before
             end, gone = _kept_end(f.read(), keep)
-            if end or not start or block > size:
+            if end or not start:
                 break
             block *= 8
         if start + end < size:

@@ -191,8 +191,9 @@ class JobClient:
     def find(self, name: str) -> Job:
         """The newest attempt of a run, or else the job with an id. Raises `UserError`."""
         jobs = self.jobs()
-        for job in [*(job for job in reversed(jobs) if job.run == name), *(job for job in jobs if job.id == name)]:
-            return job
+        found = [*(job for job in reversed(jobs) if job.run == name), *(job for job in jobs if job.id == name)]
+        if found:
+            return found[0]
         known = ", ".join(sorted({job.run or job.id for job in jobs})) or "none"
         raise UserError(f"{name}: no such run or job at {self.address}; known: {known}")
 

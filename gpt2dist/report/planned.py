@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2dist.config import RunConfig
+from gpt2dist.report.console import PIPE_WIDTH
 from gpt2dist.report.tables import pairs
 from gpt2dist.report.words import count, size
 
@@ -74,7 +75,7 @@ def _setups(console: Console, title: str, setups: list[Mapping[str, Any]]) -> No
 
 def _first_that_fits(console: Console, *tables: Table) -> Table:
     """The first that needs no more columns than the terminal has, else the last."""
-    unlimited = console.options.update(max_width=1000)
+    unlimited = console.options.update(max_width=PIPE_WIDTH)
     fits = (t for t in tables if console.measure(t, options=unlimited).maximum <= console.width)
     return next(fits, tables[-1])
 

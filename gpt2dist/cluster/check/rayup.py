@@ -270,10 +270,8 @@ def _spot_watch(document: Document) -> None:
             "> /tmp/spot-watch.log 2>&1 < /dev/null",
         )
         return
-    asked, provider = (
-        (re.findall(r"--cloud[= ](\S+)", commands[watching]) or ["aws"])[0],
-        document.at("provider", "type"),
-    )
+    option = re.search(r"--cloud[= ](\S+)", commands[watching])
+    asked, provider = option[1] if option else "aws", document.at("provider", "type")
     if asked != provider:
         document.error(
             "spot-watch",
