@@ -89,7 +89,10 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
                 observe = gauges.Gauges(run.name, job.run.run_dir).update
                 room = Room(run)
                 over = _Over(job, room)
-                live.follow(run, console, over, started, observe, lambda: job.waits_for or room.missing())
+                try:
+                    live.follow(run, console, over, started, observe, lambda: job.waits_for or room.missing())
+                finally:
+                    job.abandon()
                 try:
                     job.check()
                 except launch.TrainingFailed as e:
@@ -118,10 +121,7 @@ class _Over:
         now = time.monotonic()
         idle = self.job.stopping and self.room.nothing_runs()
         self.idle_since = (self.idle_since or now) if idle else None
-        if self.idle_since is None or now - self.idle_since <= IDLE_S:
-            return False
-        self.job.abandon()
-        return True
+        return self.idle_since is not None and now - self.idle_since > IDLE_S
 
 
 def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:

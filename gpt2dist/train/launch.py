@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray._private.state import state as ray_state
+from ray._private.worker import global_worker
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState, SchedulingState
 from upath import UPath
 
@@ -36,6 +39,8 @@ BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
 """Wait before a restart: nothing after the first failure in a row, then 5 s, 15 s, 35 s and so on."""
 LONGEST_LOOK_S = 10.0
 """Between two looks whether the storage is back."""
+ABANDON_S = 10.0
+"""How long the end of Ray Train's controller is waited for."""
 RESIZE_SAVE_S = 600.0
 """How long a group may take to save before it is resized."""
 
@@ -157,8 +162,12 @@ class TrainJob:
         return ""
 
     def abandon(self) -> None:
-        """Ray will be shut down while no worker group has room: from now on the thread leaves it alone."""
+        """End what still runs or waits for room, and the thread: Ray, shut down under a thread's call, may crash."""
         self._abandoned.set()
+        give_up = time.monotonic() + ABANDON_S
+        while self._thread.is_alive() and time.monotonic() < give_up:
+            _end_controllers()
+            self._thread.join(1.0)
 
     def left(self) -> None:
         """Log that the command has ended; at its very end, so that it is known until when it took time."""
@@ -175,7 +184,8 @@ class TrainJob:
             remove_tree(scratch)
             self._train_to_the_end(scratch)
         except BaseException as e:  # handed to the main thread by check()
-            self._error = e
+            if not self._abandoned.is_set():
+                self._error = e
         finally:
             with contextlib.suppress(OSError, StorageError):  # the storage is away: that is the error already
                 remove_tree(scratch)
@@ -303,6 +313,15 @@ class TrainJob:
             datasets={DATASET: placeholder},
             dataset_config=ExactStream(run, StartStep(run.run_dir)),
         )
+
+
+def _end_controllers() -> None:
+    """End Ray Train's controllers of this driver. They have no name, and Ray Train ends them in a main thread alone."""
+    own = ray.get_runtime_context().get_job_id()
+    with contextlib.suppress(ray.exceptions.RayError):  # Ray's head is busy, or away
+        for actor, about in ray_state.actor_table(None, ray.JobID.from_hex(own), "ALIVE").items():
+            if about["ActorClassName"] == TrainController.__name__:
+                global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
 
 
 def newest_when_there(run: RunConfig, away: Callable[[str], None]) -> checkpoint.Checkpoint | None:

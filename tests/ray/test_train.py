@@ -229,6 +229,37 @@ def test_stopped_while_it_waits_for_room(make_data: Callable[..., str], tmp_path
     assert events(run, "start") == []
 
 
+ABANDONED = """
+import sys, time
+from gpt2dist.cluster.session import ray_session
+from gpt2dist.config import load_run
+from gpt2dist.train import launch, rundir
+
+run = load_run(sys.argv[1], ())
+with ray_session(1, 0, None):
+    job = launch.TrainJob(run, time.time())
+    while not [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "reservation"]:
+        time.sleep(0.5)
+    time.sleep(float(sys.argv[2]))
+    job.abandon()
+    print("done", job.done())
+    job.check()
+"""
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_an_abandoned_job_is_out_of_ray_before_ray_is_shut_down(
+    make_data: Callable[..., str], tmp_path: Path, after: int
+) -> None:
+    """Ray may crash where it is shut down under the call of a thread: the exit code was -11, now and then."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), cluster__workers=2)
+    command = [sys.executable, "-c", ABANDONED, str(write(run, tmp_path)), str(after)]
+    Path(run.run_dir).mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "done True" in done.stdout
+
+
 @pytest.mark.timeout(240)
 def test_failure_names_the_cause(make_data: Callable[..., str], gpt2dist: Run, tmp_path: Path) -> None:
     data = make_data([3000])
