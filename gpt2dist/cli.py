@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 
 from gpt2dist import __version__
@@ -27,6 +30,9 @@ def main() -> None:
       gpt2dist train jobs/smoke.toml
       gpt2dist generate runs/smoke --prompt "import os"
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # a terminal without UTF-8
+            stream.reconfigure(errors="backslashreplace")
 
 
 COMMANDS = (prepare, data, train, generate, evaluate, export, audit, checkpoint)

@@ -59,7 +59,7 @@ class PrepareSection(Section):
     """Leave out documents with more characters; 0: no limit."""
     cpus: int | None = Field(default=None, ge=1)
     """Tokenize on this many cores; by default all of them."""
-    shard_mb: float = Field(default=64.0, gt=0)
+    shard_mb: float = Field(default=64.0, gt=0, le=1e6)
     """Text per task and shard, in MB (10^6 bytes)."""
     vocab_dir: str = ""
     """Directory with GPT-2's `vocab.bpe` and `encoder.json`; by default they are looked up (docs/data.md)."""
@@ -177,7 +177,7 @@ class TrainSection(Section):
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
-    bucket_mb: float = Field(default=100.0, ge=0.1)
+    bucket_mb: float = Field(default=100.0, ge=0.1, le=1e6)
     """Gradients, and at stage 3 weights, travel in pieces of so many MB of fp32; not used at stage 2
     with up to 4 CPU workers."""
     overlap_comm: bool = True
@@ -210,7 +210,7 @@ class TrainSection(Section):
     """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     profile_steps: tuple[int, int] | None = Field(default=None, strict=False)
     """[first, end]: steps first to end − 1 of worker 0 are recorded by torch's profiler, into the run's directory."""
-    peak_tflops: float | None = Field(default=None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0, le=1e6)
     """Peak of one worker for the MFU figure; by default measured with a matrix product at start."""
 
     @field_validator("zero_stage", mode="before")
@@ -401,6 +401,13 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
 
+    @field_validator("storage")
+    @classmethod
+    def _place(cls, storage: str) -> str:
+        if re.fullmatch(r"[A-Za-z0-9+.-]+:/*", storage):
+            raise ValueError(f"{storage} names no place")
+        return storage
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
@@ -537,9 +544,12 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     if not equals or not all(path):
         raise UserError(f"--set {override}: write it as section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        given = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
+        given = {"value": text.strip()}  # a bare word is a string
+    if len(given) > 1:
+        raise UserError(f"--set {key}: {text!r} sets more than one key: give --set for each")
+    value = given["value"]
     for part in path[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,8 @@ from gpt2dist.storage import StorageError, children, file_size, is_local, named,
 SEGMENT_BYTES = 1 << 20
 """Of a log on an object store: a longer object is not written again, the next one begins."""
 
+Keep = Callable[[dict[str, Any]], bool]
+Parse = Callable[[bytes], dict[str, Any] | None]
 logger = logging.getLogger(__name__)
 
 
@@ -28,16 +31,21 @@ class JsonLines:
     """An append-only log, one JSON object a line.
 
     Floats are written as Python's repr, so equal bits print equal. A torn last line (the writer was
-    killed) is not a record: `read` leaves it out and `cut` removes it.
+    killed) is not a record, nor is a line without the keys that every record of the log has: `read` leaves it out
+    and `cut` removes it.
 
     Objects cannot be appended to. There the log is x.jsonl, x.1.jsonl, x.2.jsonl, … in this order; a writer keeps
     the text of its own last one in memory and puts it whole. Two processes that append have different objects, and
     who appends after another begins a new one.
     """
 
-    def __init__(self, path: UPath, flush_s: float = 0.0) -> None:
-        """`flush_s`: on an object store, records may wait this many seconds until they are written."""
+    def __init__(self, path: UPath, flush_s: float = 0.0, keys: Sequence[str] = ()) -> None:
+        """`flush_s`: on an object store, records may wait this many seconds until they are written.
+
+        keys: that every record has.
+        """
         self.path = path
+        self._parse = functools.partial(_record, keys=frozenset(keys))
         self.flush_s = flush_s
         self._segment: UPath | None = None  # the object that this writer puts again and again
         self._text = ""
@@ -126,8 +134,8 @@ class JsonLines:
     def read(self) -> list[dict[str, Any]]:
         """All whole records; an empty list where there is no file."""
         if is_local(self.path):
-            return [record for path in self._parts() for record in _records(path.read_bytes())]
-        return [record for _, data in self._contents() for record in _records(data)]
+            return [record for path in self._parts() for record in _records(path.read_bytes(), self._parse)]
+        return [record for _, data in self._contents() for record in _records(data, self._parse)]
 
     def tail(self, max_bytes: int = 1 << 16, parts: int = 1) -> list[dict[str, Any]]:
         """The last whole records, as many as lie in `max_bytes`.
@@ -138,7 +146,7 @@ class JsonLines:
         for path in reversed(self._parts()):
             with contextlib.suppress(OSError):  # it was cut between the look at its size and the read
                 with named(path):
-                    records = _last_records(path, max_bytes)
+                    records = _last_records(path, max_bytes, self._parse)
                 if records:
                     found.append(records)
             if len(found) == parts:
@@ -149,9 +157,9 @@ class JsonLines:
         """The same as `read`, without holding them all."""
         for path in self._parts():
             with path.open("rb") if is_local(path) else io.BytesIO(read_bytes(path)) as f:
-                yield from (record for line in f if (record := _record(line)) is not None)
+                yield from (record for line in f if (record := self._parse(line)) is not None)
 
-    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    def cut(self, keep: Keep) -> list[dict[str, Any]]:
         """Drop what comes after the last record for which `keep` holds; returns the dropped records.
 
         However long the log is, only its end is read. On an object store each object by itself is cut atomically,
@@ -160,7 +168,7 @@ class JsonLines:
         dropped: list[dict[str, Any]] = []
         for i, path in enumerate(reversed(self._parts())):
             cut_part = _cut_file if is_local(path) else _cut_object
-            found, gone, left = cut_part(path, keep)
+            found, gone, left = cut_part(path, keep, self._parse)
             dropped = gone + dropped
             if i == 0 and not is_local(path) and len(left) < SEGMENT_BYTES:
                 self._segment, self._text, self._waiting, self._put_length = path, left, False, len(left)
@@ -218,14 +226,14 @@ def _append_text(path: UPath, text: str) -> None:
             raise
 
 
-def _cut_file(path: UPath, keep: Callable[[dict[str, Any]], bool]) -> tuple[bool, list[dict[str, Any]], str]:
+def _cut_file(path: UPath, keep: Keep, parse: Parse) -> tuple[bool, list[dict[str, Any]], str]:
     """Whether there was a record to keep, the dropped ones, and nothing."""
     size, block = path.stat().st_size, 1 << 16
     with path.open("rb+") as f:
         while True:
             start = f.seek(max(0, size - block))
             start += len(f.readline()) if start else 0  # of a line that began before
-            end, gone = _kept_end(f.read(), keep)
+            end, gone = _kept_end(f.read(), keep, parse)
             if end or not start:
                 break
             block *= 8
@@ -234,22 +242,22 @@ def _cut_file(path: UPath, keep: Callable[[dict[str, Any]], bool]) -> tuple[bool
     return end > 0, gone, ""
 
 
-def _cut_object(path: UPath, keep: Callable[[dict[str, Any]], bool]) -> tuple[bool, list[dict[str, Any]], str]:
+def _cut_object(path: UPath, keep: Keep, parse: Parse) -> tuple[bool, list[dict[str, Any]], str]:
     """The same, and the text that is left."""
     data = read_bytes(path)
-    end, gone = _kept_end(data, keep)
+    end, gone = _kept_end(data, keep, parse)
     if end < len(data):
         publish(path, data[:end])
     return end > 0, gone, data[:end].decode()
 
 
-def _kept_end(data: bytes, keep: Callable[[dict[str, Any]], bool]) -> tuple[int, list[dict[str, Any]]]:
+def _kept_end(data: bytes, keep: Keep, parse: Parse) -> tuple[int, list[dict[str, Any]]]:
     """Where the last record ends for which `keep` holds (0: there is none), and the records after it."""
     lines = data.splitlines(keepends=True)
     end = len(data)
     gone: list[dict[str, Any]] = []
     for line in reversed(lines):
-        record = _record(line)
+        record = parse(line)
         if record is not None and keep(record):
             return end, gone[::-1]
         gone += [record] if record is not None else []
@@ -257,20 +265,20 @@ def _kept_end(data: bytes, keep: Callable[[dict[str, Any]], bool]) -> tuple[int,
     return 0, gone[::-1]
 
 
-def _records(data: bytes) -> list[dict[str, Any]]:
-    return [record for line in data.splitlines(keepends=True) if (record := _record(line)) is not None]
+def _records(data: bytes, parse: Parse) -> list[dict[str, Any]]:
+    return [record for line in data.splitlines(keepends=True) if (record := parse(line)) is not None]
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """None for a torn line."""
+def _record(line: bytes, keys: frozenset[str]) -> dict[str, Any] | None:
+    """None for a torn line, or a foreign one."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and keys <= record.keys() else None
 
 
-def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
+def _last_records(path: UPath, max_bytes: int, parse: Parse) -> list[dict[str, Any]]:
     if is_local(path):
         with path.open("rb") as f:
             end = f.seek(0, os.SEEK_END)
@@ -280,4 +288,4 @@ def _last_records(path: UPath, max_bytes: int) -> list[dict[str, Any]]:
         end = file_size(path)
         data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
     lines = data.split(b"\n")[1 if end > max_bytes else 0 : -1]
-    return [record for line in lines if (record := _record(line + b"\n")) is not None]
+    return [record for line in lines if (record := parse(line + b"\n")) is not None]

@@ -48,7 +48,7 @@ def location(text: str) -> UPath:
     """The path of a location. Every location is opened here: what other processes wrote must be seen.
 
     Raises:
-        UserError: there are credentials in it, or nothing opens locations of its kind.
+        UserError: there are credentials in it, it names no bucket, or nothing opens locations of its kind.
     """
     try:
         if "://" in text and "@" in urlsplit(text).netloc:
@@ -62,7 +62,7 @@ def location(text: str) -> UPath:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it."""
+    """fsspec's file system of a URL, and the path in it. Raises `UserError` where it names no bucket."""
     fs, path = url_to_fs(url, **_options(url))
     return fs, path
 
@@ -100,6 +100,8 @@ def _options(url: str) -> dict[str, Any]:
         return {"headers": {"Accept-Encoding": "identity"}, "client_kwargs": {"timeout": timeout}}
     if not url.startswith(("s3://", "s3a://")):
         return {}
+    if not urlsplit(url).netloc:
+        raise UserError(f"{url}: names no bucket: s3://BUCKET/…")
     from gpt2dist import s3  # only where it is used: its libraries are large
 
     return s3.options()

@@ -85,11 +85,11 @@ def check_address(address: str) -> str:
             (CVE-2023-48022).
     """
     url = (address if "://" in address else f"http://{address}").rstrip("/")
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
+    except ValueError:  # brackets or a port that are none
+        parts, host, port = urlsplit(""), None, None
     if parts.scheme not in ("http", "https") or not host:
         raise UserError(f"address: {_shown(address)}: give the URL of the cluster's dashboard, http://HOST:8265")
     if "@" in parts.netloc:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from gpt2dist.cluster.check.document import YAML_ERRORS
 from gpt2dist.cluster.machines import Machine, Machines
 from gpt2dist.cluster.setups import Candidate
 from gpt2dist.config import UserError, read_file
@@ -44,12 +45,15 @@ def node_types(path: str, known: Machines) -> tuple[list[Candidate], Machine | N
 def _read(path: str) -> dict[str, Any]:
     try:
         table = yaml.safe_load(read_file(path))
-    except yaml.YAMLError as e:
+    except YAML_ERRORS as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     types = table.get("available_node_types") if isinstance(table, dict) else None
     if not isinstance(types, dict) or not all(isinstance(entry, dict) for entry in types.values()):
         raise UserError(f"{path}: not a cluster file of `ray up`: no available_node_types")
     assert isinstance(table, dict)
+    head = table.get("head_node_type", "")
+    if odd := [name for name in (head, *types) if not isinstance(name, str)]:
+        raise UserError(f"{path}: the name of a node type is {odd[0]!r}, which is no text: put it in quotes")
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gpt2dist.commands.common import command, fail, json_option, set_option, to_json
+from gpt2dist.commands.common import command, fail, json_option, keys_of, set_option, to_json
 from gpt2dist.config import load_run
 from gpt2dist.report.console import make_console
 
@@ -39,7 +39,8 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     from gpt2dist.report.goodput import of_run as goodput_of
     from gpt2dist.train import launch
 
-    launch.preflight(run, run_file)
+    with keys_of(run_file):
+        launch.preflight(run, run_file)
     console = make_console(stderr=as_json)
     try:
         verdict = arena.compare(run, [f.strip() for f in faults.split(",")], seed, console.print)

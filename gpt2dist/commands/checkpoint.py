@@ -36,7 +36,13 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @click.group()
 def checkpoint() -> None:
-    """List or verify the checkpoints of a run."""
+    """List or verify the checkpoints of a run.
+
+    \b
+    Example:
+      gpt2dist checkpoint ls runs/smoke
+      gpt2dist checkpoint verify runs/smoke
+    """
 
 
 @checkpoint.command("ls")

@@ -17,13 +17,19 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
-from gpt2dist.commands.common import command, fail, json_option, set_option
+from gpt2dist.commands.common import FiniteRange, command, fail, json_option, set_option
 from gpt2dist.config import UserError
 
 
 @click.group()
 def cluster() -> None:
-    """Check a cluster's files; watch for spot notices; run a small cluster on this machine."""
+    """Check a cluster's files; watch for spot notices; run a small cluster on this machine.
+
+    \b
+    Example:
+      gpt2dist cluster check cluster.yaml --run jobs/gpt2_124m.toml
+      gpt2dist cluster local --nodes 2
+    """
 
 
 @cluster.command("check")
@@ -71,7 +77,7 @@ def check(files: tuple[str, ...], run_file: str | None, overrides: tuple[str, ..
 @click.option("--node-ip", help="This machine's address as Ray knows it; by default found out.")
 @click.option("--metadata-url", metavar="URL", help="Metadata service; by default the cloud's own.")
 @click.option(
-    "--interval", default=1.0, show_default=True, type=click.FloatRange(0.1, 60), help="Seconds between questions."
+    "--interval", default=1.0, show_default=True, type=FiniteRange(0.1, 60), help="Seconds between questions."
 )
 @click.option("--once", is_flag=True, help="Ask once, print the answer, drain nothing; exit code 1 without an answer.")
 @json_option

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,17 @@ def fail(message: str, code: int) -> NoReturn:
     """End with one line on stderr."""
     click.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+class FiniteRange(click.FloatRange):
+    """A range without NaN, which compares with nothing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number. Raises `click.BadParameter`."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Change a key.")
@@ -94,7 +106,7 @@ def keys_of(run_file: str) -> Iterator[None]:
     try:
         yield
     except UserError as e:
-        section = str(e).partition(".")[0]
+        section = re.split(r"[.:]", str(e))[0]
         raise UserError(f"{run_file}: {e}" if section in RunConfig.model_fields else str(e)) from None
 
 

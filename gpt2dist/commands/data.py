@@ -76,7 +76,13 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
 
 @click.group()
 def data() -> None:
-    """Verify or inspect a prepared data set."""
+    """Verify or inspect a prepared data set.
+
+    \b
+    Example:
+      gpt2dist data verify data/stdlib
+      gpt2dist data inspect data/stdlib
+    """
 
 
 @data.command("verify")

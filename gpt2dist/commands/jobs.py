@@ -120,7 +120,13 @@ def _print_json(value: Any) -> None:
 
 @click.group()
 def jobs() -> None:
-    """Runs that were submitted to a Ray cluster: list, status, logs, stop."""
+    """Runs that were submitted to a Ray cluster: list, status, logs, stop.
+
+    \b
+    Example:
+      gpt2dist jobs list --address http://127.0.0.1:8265
+      gpt2dist jobs logs my-run --follow --address http://127.0.0.1:8265
+    """
 
 
 @jobs.command("list")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gpt2dist.commands.common import address_option, command, fail, json_option, to_json
+from gpt2dist.commands.common import FiniteRange, address_option, command, fail, json_option, to_json
 from gpt2dist.config import ClusterSection, UserError, absolute
 from gpt2dist.report.console import make_console
 
@@ -42,12 +42,12 @@ def _not_empty(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens to write.")
 @click.option("--temperature", default=0.8, show_default=True, callback=_temperature, help="0: likeliest.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="1: all.")
+@click.option("--top-p", default=1.0, show_default=True, type=FiniteRange(0, 1, min_open=True), help="1: all.")
 @click.option("--stop", multiple=True, callback=_not_empty, help="End before this string; may be repeated.")
 @click.option("--stop-token", multiple=True, type=click.IntRange(0, 50256), help="End before this token id, likewise.")
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the first; +1 for each more."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the first; +1 for each more."
 )
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(min=1), help="Texts computed together.")
 @step_option
@@ -84,7 +84,7 @@ def generate(
 
     lines = _prompt_lines(prompt_file) if prompt_file else []
     starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
-    seeds = [seed + i % samples for i in range(len(starts))]
+    seeds = [(seed + i % samples) % 2**63 for i in range(len(starts))]
     sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)
     saved = open_model(location, step, ema=ema)
     encoding = tokenizer.load(saved.vocab_dir)
@@ -107,6 +107,8 @@ def generate(
 
 def _prompt_lines(file: str) -> list[str]:
     try:
+        if file == "-" and sys.stdin is None:  # a service without one
+            raise UserError("--prompt-file: -: there is no standard input")
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
         return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
@@ -158,7 +160,10 @@ def evaluate(
 
     saved = open_model(location, step, ema=ema)
     request = evaluation.Evaluation.of(saved, absolute(location), ema=ema, precision=precision, **options)
-    tokens = request.open()
+    try:
+        tokens = request.open()
+    except UserError as e:
+        raise UserError(f"--data: {e}" if options["data"] else str(e)) from None
     ids, console = request.ids(tokens), make_console(stderr=True)
     if workers or address:
         score = _evaluate_on_ray(request, saved, workers or 1, address, as_json)

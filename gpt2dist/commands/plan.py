@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from gpt2dist.commands.common import command, json_option, set_option, to_json
+from gpt2dist.commands.common import FiniteRange, command, json_option, set_option, to_json
 from gpt2dist.config import UserError, load_run
 from gpt2dist.report.console import make_console
 
@@ -22,27 +22,27 @@ from gpt2dist.report.console import make_console
 @click.option(
     "--machines", "table", metavar="FILE", help="More instance types and prices, or other ones (docs/plan.md)."
 )
-@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that is reached; else 0.4.")
+@click.option("--mfu", type=FiniteRange(0, 1, min_open=True), help="Share of the peak that is reached; else 0.4.")
 @click.option("--measured", metavar="RUN_DIR", help="Take the MFU that this run has reached.")
 @click.option(
     "--preemptions-per-day",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=FiniteRange(0, 1e6),
     help="How often one spot machine is taken away.",
 )
 @click.option(
     "--restart-seconds",
     default=300.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=FiniteRange(0, 1e9),
     help="From a failure to the first new step.",
 )
 @click.option(
     "--storage-gb-per-s",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(1e-6, 1e6),
     help="At which a machine writes its part of a checkpoint.",
 )
 @command

@@ -15,7 +15,16 @@ import click
 from rich.console import Console
 
 from gpt2dist import STARTED
-from gpt2dist.commands.common import address_option, check_in_a_job, command, fail, json_option, set_option, to_json
+from gpt2dist.commands.common import (
+    address_option,
+    check_in_a_job,
+    command,
+    fail,
+    json_option,
+    keys_of,
+    set_option,
+    to_json,
+)
 from gpt2dist.commands.data import hash_shards
 from gpt2dist.config import RunConfig, UserError, load_run
 from gpt2dist.report.console import make_console
@@ -60,7 +69,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
 
-    ready = launch.preflight(run, run_file, away)
+    with keys_of(run_file):
+        ready = launch.preflight(run, run_file, away)
     if run.data.verify and not ready.finished:
         for path in run.data_paths:
             for check in hash_shards(path):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +40,22 @@ def micro_batches(batch: BatchSection, step: int) -> int:
 def consumed(batch: BatchSection, step: int) -> int:
     """Samples that a run has consumed before a step: Σ M(t)·micro over the steps t before it."""
     warmup = min(step, batch.warmup_steps)
-    return (_in_warmup(batch)[warmup] + (step - warmup) * batch.micro_batches) * batch.micro_sequences
+    growth = batch.micro_batches - batch.initial_micro_batches
+    in_warmup = warmup * batch.initial_micro_batches + _floor_sum(warmup, growth, batch.warmup_steps)
+    return (in_warmup + (step - warmup) * batch.micro_batches) * batch.micro_sequences
 
 
-@lru_cache(maxsize=4)
-def _in_warmup(batch: BatchSection) -> list[int]:
-    """Micro-batches before each step of the warm-up, and before the first one after it."""
-    return list(accumulate((micro_batches(batch, step) for step in range(batch.warmup_steps)), initial=0))
+def _floor_sum(n: int, a: int, m: int) -> int:
+    """Σ ⌊a·i / m⌋ over i < n, 0 where n is.
+
+    Counts lattice points under a line, with the axes exchanged as in Euclid's algorithm.
+    """
+    total, b = 0, 0
+    while n:
+        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
+        top = a % m * n + b % m
+        n, a, m, b = top // m, m, a % m, top % m
+    return total
 
 
 def accumulation_steps(micro_batches: int, world_size: int) -> int:

@@ -36,10 +36,10 @@ class HFConfig(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     model_type: Literal["gpt2"]
-    n_layer: int = Field(default=12, ge=1)
-    n_head: int = Field(default=12, ge=1)
-    n_embd: int = Field(default=768, ge=1)
-    n_positions: int = Field(default=1024, ge=1)
+    n_layer: int = Field(default=12, ge=1, le=10_000)
+    n_head: int = Field(default=12, ge=1, le=1_000_000)
+    n_embd: int = Field(default=768, ge=1, le=1_000_000)
+    n_positions: int = Field(default=1024, ge=1, le=100_000_000)
     vocab_size: Literal[50257] = 50257
     resid_pdrop: float = Field(default=0.1, ge=0, lt=1)
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"

@@ -70,10 +70,32 @@ def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda 
         UserError: data set missing, damaged or too short, storage not writable, or a checkpoint that does not fit.
     """
     try:
-        data = Mixture.open(run)
+        data = _checked_data(run)
     except UserError as e:
         key = "data.path" if run.data.path or not run.data_paths else "prepare.output"
         raise UserError(f"{source}: {key}: {str(e).removeprefix(f'{key}: ')}") from None
+    try:
+        begun = exists(location(run.run_dir) / "config.toml")
+        found = newest_when_there(run, away) if begun else checkpoint.newest(run.run_dir)
+    except checkpoint.NoneLeft as e:
+        raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
+    changed: list[resume.Change] = []
+    if found is None:
+        hf.check_init(run, source)
+    else:
+        changed = changes(run, found, data)
+        if reason := resume.refusal(changed, run.data.allow_changed):
+            raise UserError(f"{source}: {reason}")
+        checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
+    new_here = not begun and is_local(location(run.run_dir))  # its directory is made when it starts
+    check_writable(run.storage if new_here else run.run_dir)
+    step = found.index.step if found else 0
+    return Preflight(step, found is not None and step >= run.stop_step, changed)
+
+
+def _checked_data(run: RunConfig) -> Mixture:
+    """The data sets of a run. Raises `UserError` where they are missing, damaged, or too short for it."""
+    data = Mixture.open(run)
     train = MixedSplit(data, "train", run.data.seq_len)
     val = MixedSplit(data, "val", run.data.seq_len)
     train.check_sizes()
@@ -94,20 +116,7 @@ def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda 
             f"samples of the validation split ({sizes}) do not make one micro-batch of "
             f"{run.batch.micro_sequences}; raise prepare.val_fraction or set eval.every_steps = 0"
         )
-    check_writable(run.run_dir)
-    try:
-        begun = exists(location(run.run_dir) / "config.toml")
-        found = newest_when_there(run, away) if begun else checkpoint.newest(run.run_dir)
-    except checkpoint.NoneLeft as e:
-        raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
-    if found is None:
-        hf.check_init(run, source)
-        return Preflight(0, finished=False, changes=[])
-    changed = changes(run, found, data)
-    if reason := resume.refusal(changed, run.data.allow_changed):
-        raise UserError(f"{source}: {reason}")
-    checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    return Preflight(found.index.step, found.index.step >= run.stop_step, changed)
+    return data
 
 
 class TrainJob:

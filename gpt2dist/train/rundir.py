@@ -42,17 +42,17 @@ def config_text(run_dir: str) -> bytes:
 
 def metrics_log(run_dir: str) -> JsonLines:
     """metrics.jsonl: a line a step."""
-    return JsonLines(location(run_dir) / "metrics.jsonl", METRICS_FLUSH_S)
+    return JsonLines(location(run_dir) / "metrics.jsonl", METRICS_FLUSH_S, keys=("step",))
 
 
 def ledger_log(run_dir: str) -> JsonLines:
     """ledger.jsonl: a line a committed step."""
-    return JsonLines(location(run_dir) / "ledger.jsonl")
+    return JsonLines(location(run_dir) / "ledger.jsonl", keys=("step", "attempt", "positions", "samples_sha256"))
 
 
 def events_log(run_dir: str) -> JsonLines:
     """events.jsonl: starts, commits, failures, the end."""
-    return JsonLines(location(run_dir) / "events.jsonl")
+    return JsonLines(location(run_dir) / "events.jsonl", keys=("event", "time"))
 
 
 def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -233,13 +233,17 @@ def test_an_index_that_is_gone_is_missed(tmp_path: Path) -> None:
     (save(tmp_path, 8).path / "index.json").unlink()
     assert checkpoint.steps(str(tmp_path)) == [4]
     events = rundir.events_log(str(tmp_path))
-    events.append({"event": "start", "step": 0}, {"event": "commit", "step": 4}, {"event": "commit", "step": 8})
+    events.append(
+        {"time": 0.0, "event": "start", "step": 0},
+        {"time": 0.0, "event": "commit", "step": 4},
+        {"time": 0.0, "event": "commit", "step": 8},
+    )
     assert checkpoint.steps(str(tmp_path)) == [8, 4]
     with pytest.raises(BadCheckpoint, match="step-00000008/index.json: missing"):
         checkpoint.open_step(str(tmp_path), 8)
-    events.append({"event": "start", "step": 4})  # it went on from there
+    events.append({"time": 0.0, "event": "start", "step": 4})  # it went on from there
     assert checkpoint.steps(str(tmp_path)) == [4]
-    events.append({"event": "commit", "step": 6}, {"event": "rewind", "steps": [5, 7]})
+    events.append({"time": 0.0, "event": "commit", "step": 6}, {"time": 0.0, "event": "rewind", "steps": [5, 7]})
     assert checkpoint.steps(str(tmp_path)) == [4]
 
 
@@ -247,7 +251,9 @@ def test_what_a_rewind_left_behind_is_not_the_newest(tmp_path: Path) -> None:
     """The driver may die before the next attempt deletes it."""
     for step in (4, 6):
         save(tmp_path, step)
-    rundir.events_log(str(tmp_path)).append({"event": "rewind", "steps": [5, 8], "positions": [], "attempt": 1})
+    rundir.events_log(str(tmp_path)).append(
+        {"time": 0.0, "event": "rewind", "steps": [5, 8], "positions": [], "attempt": 1}
+    )
     found = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.index.step == 4
@@ -263,7 +269,7 @@ def test_a_run_waits_for_its_storage(tmp_path: Path, lost: str, message: str) ->
     run = tiny_run(storage=str(tmp_path), name="run", checkpoint={"retry_minutes": 0.05})
     save(Path(run.run_dir), 4)
     (Path(run.run_dir) / "config.toml").write_text("")
-    rundir.events_log(run.run_dir).append({"event": "commit", "step": 4})
+    rundir.events_log(run.run_dir).append({"time": 0.0, "event": "commit", "step": 4})
     place, away = Path(run.run_dir) / lost, tmp_path / "away"
     told: list[str] = []
 

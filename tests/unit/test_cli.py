@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +55,65 @@ def assert_one_line(result: Result, message: str) -> None:
 )
 def test_bad_keys(run_file: str, command: str, override: str, message: str) -> None:
     assert_one_line(cli(command, run_file, "--set", override), message)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train run.toml --set storage=s3://", "run.toml: storage: s3:// names no place"),
+        ("train run.toml --set data.path=s3:///x", "s3:///x: names no bucket"),
+        ("train run.toml --set train.peak_tflops=1e300", "train.peak_tflops: input should be less than or equal to"),
+        ("train run.toml --set train.bucket_mb=1e308", "train.bucket_mb: input should be less than or equal to"),
+        ("prepare run.toml --set prepare.shard_mb=1e308", "prepare.shard_mb: input should be less than or equal to"),
+    ],
+)
+def test_places_and_numbers_that_are_none(run_file: str, command: str, message: str) -> None:
+    assert_one_line(cli(*command.split()), message)
+
+
+def test_a_value_of_set_is_one_value(run_file: str) -> None:
+    result = cli("train", run_file, "--set", "train.steps=3\nstop_at=1")
+    assert_one_line(result, "--set train.steps: '3\\nstop_at=1' sets more than one key")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "plan run.toml --mfu nan",
+        "plan run.toml --preemptions-per-day inf",
+        "plan run.toml --restart-seconds nan",
+        "plan run.toml --storage-gb-per-s inf",
+        "generate runs/run --top-p nan",
+        f"generate runs/run --seed {2**64}",
+        "cluster spot-watch --interval nan",
+    ],
+)
+def test_options_are_finite_numbers(run_file: str, option: str) -> None:
+    result = cli(*option.split())
+    assert result.exit_code == 2
+    assert "Error: Invalid value for '--" in result.stderr
+
+
+def test_data_that_is_given_and_is_none(run_file: str) -> None:
+    run = load_run(run_file)
+    result = cli("evaluate", save_run(run, GPT2(GPT2Config.from_run(run))), "--data", "nope")
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == "error: --data: nope: not a prepared data set (no manifest.json); gpt2dist prepare RUN.toml makes one\n"
+    )
+
+
+def test_a_terminal_without_utf8(run_file: str) -> None:
+    """Dry-run prints × and ·."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt2dist", "train", run_file, "--dry-run"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_run_file() -> None:
@@ -122,7 +184,7 @@ def test_an_altered_shard_is_found_where_the_hashes_are_verified(run_file: str, 
 def test_storage_not_writable(run_file: str) -> None:
     Path("file").write_text("")
     result = cli("train", run_file, "--set", "storage=file")
-    assert_one_line(result, "storage: cannot write to file/run")
+    assert_one_line(result, "run.toml: storage: cannot write to file: ")
 
 
 def test_checkpoint_that_does_not_fit(run_file: str) -> None:
@@ -134,6 +196,7 @@ def test_checkpoint_that_does_not_fit(run_file: str) -> None:
 def test_initial_weights_that_are_not_there(run_file: str) -> None:
     result = cli("train", run_file, "--set", "model.init_from=not/a/model")
     assert_one_line(result, "run.toml: model.init_from = not/a/model: not/a/model: no such directory")
+    assert not Path("runs").exists()
 
 
 def test_no_cluster_at_the_address(run_file: str) -> None:
@@ -205,6 +268,10 @@ def test_changed_run_file(run_file: str) -> None:
         "checkpoint ls",
         "checkpoint verify",
         "goodput",
+        "data",
+        "checkpoint",
+        "jobs",
+        "cluster",
         "",
     ],
 )

@@ -87,6 +87,14 @@ MISTAKES = {
         "max_workers",
         "remove",
     ),
+    "a key that is a number": Mistake(
+        CLUSTER,
+        "labels: {ray.io/market-type: on-demand}",
+        "labels: {ray.io/market-type: on-demand, 7: x}",
+        "key-type",
+        f"{HEAD}.labels.7",
+        "quotes",
+    ),
     "no setup commands: a nightly Ray": Mistake(
         CLUSTER, "\nsetup_commands:", "\nmetadata:\n  commands:", "default", "setup_commands", "set it"
     ),
@@ -805,6 +813,9 @@ def test_whole_files_are_told_from_others(repository: Path) -> None:
         ("name: x\n", "neither a cluster file"),
         ("a: [1\n", "not valid YAML: while parsing a flow sequence"),
         ("a: *nowhere\n", "not valid YAML"),
+        ("a: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("a: !!timestamp x\n", "not valid YAML"),
+        ("a: &a [*a]\n", "not valid YAML: maximum recursion depth exceeded"),
     ]:
         (repository / "other.yaml").write_text(text)
         with pytest.raises(UserError, match=message):

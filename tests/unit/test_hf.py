@@ -210,6 +210,7 @@ def test_import_of_the_oldest_files(exported: Path, model: GPT2) -> None:
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: input should be 1e-05, got 1e-06"),
         ({"n_inner": 100}, "n_inner: should be 4 × n_embd = 192, got 100"),
         ({"n_head": 5}, "n_embd = 48 is not divisible by n_head = 5"),
+        ({"n_embd": 10**30}, "n_embd: input should be less than or equal to 1000000, got 10000"),
         ({"vocab_size": 32000}, "vocab_size: input should be 50257, got 32000"),
         ({"model_type": "llama"}, "model_type: input should be 'gpt2', got \"llama\""),
         ({"n_layer": 4}, "no tensor transformer.h.3.ln_1.weight"),

@@ -76,6 +76,7 @@ def test_token_is_found_where_ray_finds_it(no_token: Path, monkeypatch: pytest.M
     [
         ("ray://head:10001", "address: ray://head:10001: give the URL of the cluster's dashboard"),
         ("http://", "address: http://: give the URL of the cluster's dashboard"),
+        ("http://[::1", "address: http://[::1: give the URL of the cluster's dashboard"),
         ("http://head:port", "address: http://head:port: give the URL of the cluster's dashboard"),
         ("https://me:pass@head", "address: https://head: give no password in it"),
     ],

@@ -94,6 +94,8 @@ def test_the_batch_grows_and_positions_follow_on(first: int, growth: int, warmup
     assert counts == sorted(counts)
     assert counts[0] == (first if warmup else first + growth)
     assert micro_batches(batch, warmup) == first + growth
+    huge = batch.model_copy(update={"warmup_steps": 10**15})
+    assert 0 <= consumed(huge, step) - step * micro * huge.initial_micro_batches <= step * micro * growth
     line = [first + growth * s / warmup for s in range(min(warmup, step + 1))]
     assert all(m <= exact < m + 1 for m, exact in zip(counts, line, strict=False))
 

@@ -126,6 +126,15 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path, line: bytes) -> 
     assert log.read() == [{"step": 0}]
 
 
+@pytest.mark.parametrize("line", [b"{}\n", b'{"time": 1}\n'])
+def test_foreign_lines_are_no_records(tmp_path: Path, line: bytes) -> None:
+    log = JsonLines(UPath(tmp_path) / "log.jsonl", keys=("step", "time"))
+    (tmp_path / "log.jsonl").write_bytes(line + b'{"step": 0, "time": 1}\n' + line)
+    assert log.read() == log.tail() == list(log.each()) == [{"step": 0, "time": 1}]
+    assert log.cut(lambda r: r["step"] == 0) == []
+    assert (tmp_path / "log.jsonl").read_bytes() == line + b'{"step": 0, "time": 1}\n'
+
+
 @pytest.mark.parametrize("size", [100, 300_000])
 def test_a_full_disk_leaves_no_part_of_a_file(disk: Disk, size: int) -> None:
     path = UPath(disk.path) / "a" / "f"

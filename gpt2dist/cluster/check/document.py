@@ -14,6 +14,9 @@ from gpt2dist.config import UserError, read_file
 Path = tuple["str | int", ...]
 """Keys and list positions from the top of a document."""
 Severity = Literal["error", "warning"]
+YAML_TAG = "tag:yaml.org,2002:"
+YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What PyYAML raises; the others for values such as 2024-13-45, which it takes for a date."""
 
 
 @dataclass(frozen=True)
@@ -135,23 +138,29 @@ def read_documents(file: str) -> list[Document]:
             start, end = node.start_mark.line, loader.peek_event().end_mark.line if loader.check_event() else len(lines)
             own = [line if start <= i < max(end, start + 1) else "" for i, line in enumerate(lines)]
             document = Document(file, None, {}, own)
-            _find_duplicates(document, node, ())
-            document.value = loader.construct_document(node)
+            _check_keys(document, node, ())
+            document.value = _with_text_keys(loader.construct_document(node))
             _note_lines(document, node, ())
             if document.value is not None:
                 found.append(document)
     except UnicodeDecodeError as e:
         raise UserError(f"{file}: cannot be read: {e}") from None
-    except yaml.YAMLError as e:
+    except YAML_ERRORS as e:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
     return found
 
 
-def _find_duplicates(document: Document, node: Any, path: Path) -> None:
-    """YAML takes the last of two equal keys and says nothing."""
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(item) for key, item in value.items()}
+    return [_with_text_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_keys(document: Document, node: Any, path: Path) -> None:
+    """YAML takes the last of two equal keys and says nothing; a key may be a number, which Ray does not expect."""
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            _find_duplicates(document, item, (*path, i))
+            _check_keys(document, item, (*path, i))
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -161,7 +170,11 @@ def _find_duplicates(document: Document, node: Any, path: Path) -> None:
                 document.lines[(*path, name)] = line
                 document.error("duplicate-key", (*path, name), f"stands on line {seen[name]} too", "remove one of them")
             seen[name] = line
-            _find_duplicates(document, value, (*path, name))
+            if key.tag.startswith(YAML_TAG) and key.tag.removeprefix(YAML_TAG) not in ("str", "merge"):
+                document.lines[(*path, name)] = line
+                kind = key.tag.removeprefix(YAML_TAG)
+                document.error("key-type", (*path, name), f"is of YAML's type {kind}, not text", "put it in quotes")
+            _check_keys(document, value, (*path, name))
 
 
 def _note_lines(document: Document, node: Any, path: Path) -> None:

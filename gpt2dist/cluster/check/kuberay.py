@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from gpt2dist.cluster.check.document import Document, Path
+from gpt2dist.cluster.check.document import YAML_ERRORS, Document, Path
 from gpt2dist.cluster.check.groups import Cluster, Group
 from gpt2dist.cluster.check.schema import Schema, check_schema, kubernetes_type
 from gpt2dist.cluster.check.secrets import FIX as SECRET_FIX
@@ -217,7 +217,7 @@ def _job(document: Document) -> None:
     text = get("runtimeEnvYAML")
     try:
         environment = yaml.safe_load(text) if isinstance(text, str) else {}
-    except yaml.YAMLError as e:
+    except YAML_ERRORS as e:
         environment = {}
         message = " ".join(str(e).split())
         document.error("kuberay-job", (*spec, "runtimeEnvYAML"), f"is not valid YAML: {message}", "correct it")
