@@ -274,6 +274,13 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
+    def is_outdated(self) -> bool:
+        """Whether a rewind has left out samples of which this group was not told. A collective.
+
+        Ray may be about to resize a group when that logs a rewind; it then starts the next one by itself.
+        """
+        return bool(self._agree(self.rank == 0 and rundir.with_rewinds(self.run, self.events.read()) != self.run))
+
     def restore(self) -> None:
         """Load the newest checkpoint that is whole, and open a new attempt.
 

@@ -64,6 +64,8 @@ def _train(run: RunConfig) -> str:
     with contextlib.closing(engine):
         trainer = Trainer(run, engine, preemption_notice)
         with contextlib.closing(trainer):
+            if trainer.is_outdated():
+                return "rewound"
             try:
                 trainer.restore()
             except NoneLeft as e:

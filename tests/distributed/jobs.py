@@ -185,6 +185,14 @@ def train_with_bad_samples(run: RunConfig, bad: list[int]) -> list[str]:
     return ends
 
 
+def is_outdated(run: RunConfig) -> bool:
+    """Whether a group that is started for `run` was not told of a rewind."""
+    engine = Engine(run, torch.device("cpu"))
+    found = Trainer(run, engine).is_outdated()
+    engine.close()
+    return found
+
+
 def _noted(batches: Iterator[StepBatch], current: set[int]) -> Iterator[StepBatch]:
     """The same batches; `current` holds the samples of the newest."""
     for batch in batches:

@@ -52,6 +52,8 @@ def test_bad_samples_are_left_out_and_named(
     ranks(jobs.train_runs, 2, [clean])
     assert logged(run) == logged(clean)
     resolved = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read())
+    assert ranks(jobs.is_outdated, 2, run) == [True, True]  # of a group that Ray has resized at that moment
+    assert ranks(jobs.is_outdated, 2, resolved) == [False, False]
     found = newest(run.run_dir)
     assert found is not None
     audit = ledger.audit(resolved, Mixture.open(run), rundir.ledger_log(run.run_dir).read(), found.index.step)
