@@ -57,7 +57,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
                 console = make_console(None if as_json else terminal)
                 console.print(f"log {log}")
                 with keys_of(run_file), PrepareView(console) as view, ray_session(cpus, 0, address):
-                    manifest = run_prepare(run, view.update)
+                    manifest = run_prepare(run, view.update, files=files)
         except KeyboardInterrupt:
             interrupted("; the same command goes on with what is left")
         if lock:

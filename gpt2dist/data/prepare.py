@@ -99,8 +99,12 @@ def on_ray(function: Callable[..., dict[str, Any]], rows: Rows, p: PrepareSectio
     yield from dataset.iter_rows()
 
 
-def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Execute = on_ray) -> Manifest:
+def prepare(
+    run: RunConfig, on_progress: Callable[[Progress], None], execute: Execute = on_ray, files: Inventory | None = None
+) -> Manifest:
     """Tokenize `prepare.sources` into `prepare.output`, by default on the running Ray cluster.
+
+    files: what `look` has found, where it has just looked.
 
     Raises:
         UserError: nothing to read, a bad record (unless they are skipped), the output is not writable, or holds a data
@@ -108,7 +112,7 @@ def prepare(run: RunConfig, on_progress: Callable[[Progress], None], execute: Ex
     """
     p = run.prepare
     check_writable(p.output)
-    pieces = sources.inventory(p).pieces
+    pieces = (files or sources.inventory(p)).pieces
     chunks = sources.cut(pieces, max(1, int(p.shard_mb * 1e6)))
     request = _request(p, pieces)
     if manifest := _finished_manifest(p, request):  # another process has just ended
