@@ -22,6 +22,8 @@ CONFIG = {
     "read_timeout": 20,
 }
 """For botocore. `read_timeout` is that of silence, not of the whole answer."""
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+"""AWS answers with 400 to a session's keys that are no longer good."""
 QUIET_S = 60.0
 """A broken connection is reported once in this time."""
 
@@ -40,7 +42,7 @@ def options() -> dict[str, Any]:
 def is_transient(error: Exception) -> bool:
     """Throttling, a failure of the server's own, a broken connection, a timeout."""
     if isinstance(error, ClientError):
-        transient = _status(error) >= 500 or _status(error) in (408, 429)
+        transient = _status(error) >= 500 or _status(error) in (408, 429) or _code(error) == "RequestTimeout"
     else:
         kinds = (HTTPClientError, BotoConnectionError, aiohttp.ClientError, ConnectionError, TimeoutError)
         transient = isinstance(error, kinds)
@@ -53,18 +55,22 @@ def reason(error: BaseException) -> str:
     """Why a location cannot be used at all, in one line; empty where the error says something else."""
     cause = error if isinstance(error, ClientError) else error.__cause__
     if isinstance(cause, ClientError):
-        code = str(cause.response.get("Error", {}).get("Code", ""))
+        code = _code(cause)
         if code == "NoSuchBucket":
             return "no such bucket"
-        if _status(cause) in (401, 403):
+        if _status(cause) in (401, 403) or code in EXPIRED:
             return f"access denied ({code}); docs/storage.md says which keys and rights are needed"
-        if _status(cause) >= 500 or _status(cause) == 429:
+        if _status(cause) >= 500 or _status(cause) == 429 or code == "RequestTimeout":
             return f"the server failed for too long ({code})"
     if isinstance(error, (HTTPClientError, BotoConnectionError, aiohttp.ClientError)):
         return f"cannot be reached: {_one_line(error)}"
     if isinstance(error, BotoCoreError):  # no credentials, no region
         return _one_line(error)
     return ""
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _status(error: ClientError) -> int:

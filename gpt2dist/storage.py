@@ -221,11 +221,16 @@ def remove(path: UPath) -> None:
     path.unlink(missing_ok=True)
 
 
+def _unless_missing(_: Any, __: str, error: tuple[type[BaseException], BaseException, Any]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
+
+
 @_operation
 def remove_tree(path: UPath) -> None:
     """Delete a directory and all in it; nothing happens where there is none."""
     if is_local(path):
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, onerror=_unless_missing)  # onexc only from Python 3.12 on
     elif path.exists():
         path.fs.rm(path.path, recursive=True)
 

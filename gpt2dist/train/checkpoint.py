@@ -114,7 +114,7 @@ def commit(directory: UPath, index: Index) -> None:
     data = index.to_bytes()
     if len(data) > MAX_INDEX_BYTES:
         pieces = f"{len(index.fragments):,} fragments of {index.world_size} workers"
-        raise UserError(f"{directory / INDEX}: {pieces} are too many; a lower train.zero_stage makes fewer")
+        raise UserError(f"{directory / INDEX}: {pieces} are too many; train.zero_stage 1 and 2 make fewer")
     publish(directory / INDEX, data)
     listed = {INDEX, *(f.file for f in index.files)}
     with contextlib.suppress(OSError, StorageError):  # published is published
@@ -140,19 +140,29 @@ def clear(run_dir: str, step: int, bad: Collection[int] = ()) -> list[int]:
     return sorted(s for s, _ in left)
 
 
-def remove_after(run_dir: str, step: int, attempt: int) -> list[int]:
-    """Delete checkpoints of later steps that this attempt or an earlier one saved; returns their steps."""
+def remove_left(run_dir: str, events: list[dict[str, Any]]) -> list[int]:
+    """Delete the checkpoints that the newest rewind has left behind; returns their steps.
+
+    The first attempt after a rewind does so, and logs its start only then: those of earlier rewinds are gone.
+    """
+    started = max((e["attempt"] for e in events if e["event"] == "start"), default=0)
+    new = [rewind for rewind in rundir.rewinds(events) if rewind["attempt"] >= started]
     gone = []
-    for found in committed(run_dir):
-        if isinstance(found, Checkpoint) and _is_left(found, step, attempt):
-            _remove_checkpoint(found.path)
-            gone.append(found.index.step)
+    for step in steps(run_dir) if new else ():
+        if step <= min(rewind["steps"][0] for rewind in new):
+            break
+        with contextlib.suppress(BadCheckpoint):
+            found = open_step(run_dir, step)
+            if _is_left(found, new):
+                _remove_checkpoint(found.path)
+                gone.append(step)
     return gone
 
 
-def _is_left(checkpoint: Checkpoint, step: int, attempt: int) -> bool:
-    """Whether it was saved after `step`, which `attempt` went back to."""
-    return checkpoint.index.step > step and checkpoint.index.attempt <= attempt
+def _is_left(checkpoint: Checkpoint, rewinds: list[dict[str, Any]]) -> bool:
+    """Whether one of the rewinds went back to before it."""
+    index = checkpoint.index
+    return any(index.step > rewind["steps"][0] and index.attempt <= rewind["attempt"] for rewind in rewinds)
 
 
 def prune(run_dir: str, keep: int, keep_every: int, clean: int) -> list[int]:
@@ -201,7 +211,7 @@ def steps(run_dir: str) -> list[int]:
 
 
 def open_step(run_dir: str, step: int) -> Checkpoint:
-    """The checkpoint of a step, its index checked; the files are not looked at. Raises `BadCheckpoint`."""
+    """The checkpoint of a step, its index checked; the files are not looked at. Raises like `read_index`."""
     path = step_directory(run_dir, step)
     try:
         return Checkpoint(path, read_index(path))
@@ -233,7 +243,7 @@ def newest(run_dir: str) -> Checkpoint | None:
         if isinstance(found, BadCheckpoint):
             problem = problem or found
             continue
-        if any(_is_left(found, rewind["steps"][0], rewind["attempt"]) for rewind in left):
+        if _is_left(found, left):
             continue  # to be deleted by the next attempt
         try:
             check_sizes(found)
@@ -255,7 +265,12 @@ class NoneLeft(UserError):
 
 
 def read_index(path: UPath) -> Index:
-    """The checked index of a checkpoint's directory. Raises `BadCheckpoint`."""
+    """The checked index of a checkpoint's directory.
+
+    Raises:
+        BadCheckpoint: damaged, or not there.
+        OSError: it cannot be read, at least not now.
+    """
     try:
         if _is_link(path):
             raise BadCheckpoint(f"{path}: a symbolic link, not a directory")
@@ -270,7 +285,7 @@ def read_index(path: UPath) -> Index:
         problem = e.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise BadCheckpoint(f"{path / INDEX}: not a valid index: {where}: {problem['msg']}") from None
-    except (OSError, ValueError) as e:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as e:
         raise BadCheckpoint(f"{path / INDEX}: not a valid index: {e}") from None
     if path.name != f"step-{index.step:08d}":
         raise BadCheckpoint(f"{path / INDEX}: of another step, {index.step}")
@@ -319,6 +334,7 @@ def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
 
     Raises:
         BadCheckpoint: damaged, or something is not in it; some fragments may be filled.
+        OSError: it cannot be read, at least not now.
     """
     saved: dict[tuple[str, str], list[SavedFragment]] = defaultdict(list)
     for f in checkpoint.index.fragments:
@@ -340,7 +356,12 @@ def load(checkpoint: Checkpoint, wanted: Iterable[Fragment]) -> None:
 
 
 def _run(calls: Iterable[tuple[FragmentFile, Read]]) -> None:
-    """Several at a time. Raises `BadCheckpoint`, which names the first bad file."""
+    """Several at a time.
+
+    Raises:
+        BadCheckpoint: names the first bad file.
+        OSError: one cannot be read, at least not now.
+    """
     todo = list(calls)
     local = not todo or is_local(todo[0][0].path)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if local else REMOTE_READS) as threads:
@@ -354,9 +375,8 @@ def _run(calls: Iterable[tuple[FragmentFile, Read]]) -> None:
                 except FileNotFoundError:
                     raise BadCheckpoint(f"{file.path}: missing") from None
                 except OSError as e:
-                    if not local:
-                        raise
-                    raise BadCheckpoint(f"{file.path}: cannot be read: {e.strerror or e}") from None
+                    e.filename = e.filename or str(file.path)
+                    raise
         finally:
             threads.shutdown(cancel_futures=True)
 

@@ -133,7 +133,8 @@ def _scratch(e: Evaluation) -> Iterator[UPath]:
     try:
         yield directory
     finally:
-        remove_tree(directory)
+        with contextlib.suppress(OSError):
+            remove_tree(directory)
 
 
 def _evaluate_share(config: dict[str, Any]) -> dict[str, Any]:

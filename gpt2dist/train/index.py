@@ -17,7 +17,7 @@ from gpt2dist.train.fragment import kinds
 from gpt2dist.train.fragment_file import FragmentFile
 
 INDEX = "index.json"
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 256 << 20
 """About 500,000 fragments."""
 
 FileName = Annotated[str, Field(pattern=r"^rank-\d{5}(\.\d+)?\.safetensors$")]

@@ -190,7 +190,8 @@ class TrainJob:
     def _train(self) -> None:
         scratch = location(self.run.run_dir) / "ray"
         try:
-            remove_tree(scratch)
+            with contextlib.suppress(OSError):
+                remove_tree(scratch)
             self._train_to_the_end(scratch)
         except BaseException as e:  # handed to the main thread by check()
             if not self._abandoned.is_set():

@@ -31,7 +31,7 @@ class Plan:
 
 
 def plan(notice: Notice, now: float, save_seconds: float, step_seconds: float) -> Plan:
-    """`save_seconds`: how long a save takes until it is committed, as measured; one more step may come before it."""
+    """`save_seconds`: how long a save is at work until its commit, as measured; one more step may come before it."""
     if notice.deadline is None:
         return Plan("leave", now)
     leave_at = notice.deadline - MARGIN_S - step_seconds - 1.5 * save_seconds

@@ -74,11 +74,13 @@ def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
 
 def saved_step(run_dir: str) -> int:
     """Step of the newest checkpoint that events.jsonl knows of, so that one which is gone is missed; 0: of none."""
+    last = float("inf")
     for event in reversed(events_log(run_dir).read()):
-        if event.get("event") in ("commit", "start") and type(event.get("step")) is int:
-            return int(event["step"])
-        if event.get("event") == "rewind":  # later ones were deleted on purpose
-            return 0
+        step = event.get("step")
+        if event["event"] in ("commit", "start") and type(step) is int and step <= last:
+            return int(step)
+        if event["event"] == "rewind":  # later ones are deleted on purpose
+            last = min(last, event["steps"][0])
     return 0
 
 

@@ -86,7 +86,15 @@ def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkp
 
 
 def changes(run: RunConfig, found: checkpoint.Checkpoint, data: Mixture) -> list[resume.Change]:
-    """How the run differs from the one that saved the checkpoint."""
+    """How the run differs from the one that saved the checkpoint.
+
+    Raises:
+        UserError: the configuration in its index is not understood.
+    """
     now = rundir.with_rewinds(run, rundir.events_log(run.run_dir).read()).absolute().for_record()
     index = found.index
-    return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)
+    try:
+        return resume.changes(index.config, now, index.position, index.data_fingerprint, data.fingerprint)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise UserError(f"{found.path}: its configuration is not understood ({what}); of a newer version?") from None

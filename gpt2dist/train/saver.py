@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,7 +65,9 @@ class Outcome:
 
     step: int
     seconds: float
-    """From its beginning to the commit, as this rank saw it."""
+    """From its beginning to the commit, as this rank saw it: between two steps."""
+    work: float
+    """Seconds that copying and writing took on the slowest rank, and the commit, on rank 0 alone."""
     stall: float
     """Seconds for which it has held up the loop."""
     bytes: int
@@ -80,6 +83,8 @@ class _Save:
     start: float
     stall: float
     work: Future[Any]
+    """Of the file and the seconds that it took, then of the seconds of the commit."""
+    work_s: float = 0.0
     written: bool = False
 
 
@@ -93,7 +98,7 @@ class Saver:
         self._copied = threading.Event()
         self._tables: list[SavedFragment] | None = None
         self._save: _Save | None = None
-        self._seconds: list[float] = []
+        self._work_s: deque[float] = deque(maxlen=RECENT)
 
     @property
     def busy(self) -> bool:
@@ -117,12 +122,13 @@ class Saver:
         work = self._thread.submit(self._copy_and_write, fragments, directory)
         self._save = _Save(step, directory, commit, start, time.monotonic() - start, work)
 
-    def _copy_and_write(self, fragments: list[Fragment], directory: UPath) -> SavedFile:
+    def _copy_and_write(self, fragments: list[Fragment], directory: UPath) -> tuple[SavedFile, float]:
+        start = time.monotonic()
         try:
             self._snapshot.take(fragments)
         finally:
             self._copied.set()
-        return self._snapshot.write(directory)
+        return self._snapshot.write(directory), time.monotonic() - start
 
     def hold(self) -> float:
         """Wait until the save in flight has its copy of the state, which may then change; returns the seconds."""
@@ -154,7 +160,8 @@ class Saver:
             problems = self.ranks.gather_objects(_one_line(error))
             return self._end(save, next(p for p in problems if p))
         if not save.written:
-            files = self.ranks.gather_objects(save.work.result())
+            done = self.ranks.gather_objects(save.work.result())
+            files, save.work_s = [file for file, _ in done], max(seconds for _, seconds in done)
             if self._tables is None:  # they stay what they are
                 tables = self.ranks.gather_objects(self._snapshot.table)
                 self._tables = [fragment for table in tables for fragment in table]
@@ -162,11 +169,12 @@ class Saver:
             save.work = Future()
             if self.ranks.rank == 0:
                 written = Written(save.directory, files, self._tables)
-                save.work = self._thread.submit(save.commit, written)
+                save.work = self._thread.submit(_timed, save.commit, written)
             else:
-                save.work.set_result(None)
+                save.work.set_result(0.0)
             save.stall += time.monotonic() - start
             return None
+        save.work_s += save.work.result()
         return self._end(save, "")
 
     def finish(self, progress: Callable[[], None]) -> Outcome | None:
@@ -186,9 +194,12 @@ class Saver:
                 return outcome
         return None
 
-    def estimate(self, size: int) -> float:
-        """Seconds that a save takes until its commit: the longest of the last ones, or a guess for `size` bytes."""
-        return max(self._seconds) if self._seconds else 2.0 + size / GUESS_BYTES_PER_S
+    def estimate(self, size: int, of: Callable[[Iterable[float]], float] = max) -> float:
+        """Seconds that a save is at work until its commit, on rank 0; before the first one a guess for `size` bytes.
+
+        of: the last ones, the longest where all depends on it.
+        """
+        return of(self._work_s) if self._work_s else 2.0 + size / GUESS_BYTES_PER_S
 
     def close(self) -> None:
         """End the thread; a save in flight goes on to its end."""
@@ -199,8 +210,14 @@ class Saver:
         seconds = time.monotonic() - save.start
         if not problem:
             self._snapshot.kept()
-            self._seconds = [*self._seconds, seconds][-RECENT:]
-        return Outcome(save.step, seconds, save.stall, self._snapshot.bytes, problem)
+            self._work_s.append(save.work_s)
+        return Outcome(save.step, seconds, save.work_s, save.stall, self._snapshot.bytes, problem)
+
+
+def _timed(commit: Callable[[Written], None], written: Written) -> float:
+    start = time.monotonic()
+    commit(written)
+    return time.monotonic() - start
 
 
 def _one_line(error: BaseException | None) -> str:

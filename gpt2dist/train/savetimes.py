@@ -85,7 +85,7 @@ class SaveTimes:
         minutes = self.config.every_minutes
         if minutes != "auto":
             return {"seconds": 60 * minutes}
-        write = self.saver.estimate(self.saver.bytes)
+        write = self.saver.estimate(self.saver.bytes, statistics.median)
         stall, slowdown = write / 20, 0.0
         if self._stalls:
             stall, slowdown = statistics.median(self._stalls), statistics.median(self._slowdowns)

@@ -28,7 +28,7 @@ from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, m
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
+from gpt2dist.train.checkpoint import BadCheckpoint, NoneLeft
 from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.fragment import EMA
@@ -286,12 +286,12 @@ class Trainer:
 
         Raises:
             NoneLeft: there are some, but all are damaged.
-            StorageError: they are away, and may come back.
+            OSError, StorageError: they are away, or cannot be read now: that is no damage.
+            Misfit: the newest is of another model.
         """
         steps: list[int] = []
         if self.rank == 0:  # what was saved after a divergence had begun
-            for rewind in rundir.rewinds(self.events.read()):
-                checkpoint.remove_after(self.run.run_dir, rewind["steps"][0], rewind["attempt"])
+            checkpoint.remove_left(self.run.run_dir, self.events.read())
             steps = checkpoint.steps(self.run.run_dir)
         first_problem, bad = "", set()
         for step in self._agree(steps):
@@ -317,7 +317,7 @@ class Trainer:
             checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
             fragments = self.engine.fragments(owned=False)
             checkpoint.load(found, [f for f in fragments if f.kind != EMA or found.index.has_ema])
-        except (BadCheckpoint, Misfit) as e:
+        except BadCheckpoint as e:
             problem = str(e)
         if problems := [p for p in self.engine.gather_objects(problem) if p]:
             return str(problems[0])
@@ -488,7 +488,7 @@ class Trainer:
         bad = self.step - 1 in self.skipped  # not where only fp16's loss scale was too large
         if not self.divergence.add(metrics["loss"], applied=not bad):
             return False
-        self.saver.finish(self._alive)
+        self._note(self.saver.finish(self._alive))
         first = self.step - train.rewind_after
         numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
         ranges = list(positions(*numbers, self.run.data.skip))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,7 +259,59 @@ def test_what_a_rewind_left_behind_is_not_the_newest(tmp_path: Path) -> None:
     found = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.index.step == 4
-    assert checkpoint.remove_after(str(tmp_path), 5, 1) == [6]
+    events = rundir.events_log(str(tmp_path))
+    assert checkpoint.remove_left(str(tmp_path), events.read()) == [6]
+    save(tmp_path, 8)
+    events.append({"time": 1.0, "event": "start", "step": 4, "attempt": 2})  # who logs it has removed them
+    assert checkpoint.remove_left(str(tmp_path), events.read()) == []
+
+
+def test_a_rewind_does_not_hide_that_checkpoints_are_away(tmp_path: Path) -> None:
+    for step in (4, 6):
+        save(tmp_path, step)
+    rundir.events_log(str(tmp_path)).append(
+        {"time": 0.0, "event": "commit", "step": 4},
+        {"time": 0.0, "event": "commit", "step": 6},
+        {"time": 0.0, "event": "rewind", "steps": [5, 8], "positions": [], "attempt": 1},
+    )
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="not there, though step 4 was saved"):
+        checkpoint.newest(str(tmp_path))
+    assert not any(tmp_path.glob("checkpoints"))
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A damaged one is deleted when training goes on with the one before."""
+    saved = save(tmp_path, 8)
+
+    def fails(*_: Any) -> bytes:
+        raise OSError(number, "not now")
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "read_bytes", fails)
+        with pytest.raises(OSError, match="not now"):
+            checkpoint.open_step(str(tmp_path), 8)
+    monkeypatch.setattr("gpt2dist.train.fragment_file.read_range", fails)
+    with pytest.raises(OSError, match=r"not now: .*rank-0000"):
+        checkpoint.load(saved, everything())
+
+
+def test_files_that_cannot_be_deleted_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills although old checkpoints are said to be gone."""
+    for step in (4, 8, 12):
+        save(tmp_path, step)
+
+    def refuse(path: Any, *, dir_fd: int | None = None) -> None:
+        raise PermissionError(errno.EACCES, "denied", str(path))
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "unlink", refuse)
+        m.setattr(os, "remove", refuse)
+        with pytest.raises(PermissionError):
+            checkpoint.prune(str(tmp_path), 1, 0, 12)
+    assert checkpoint.prune(str(tmp_path), 1, 0, 12) == [4, 8]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000012"]
 
 
 @pytest.mark.parametrize(
