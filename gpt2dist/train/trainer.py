@@ -28,7 +28,7 @@ from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, m
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, NoneLeft
+from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.fragment import EMA
@@ -287,7 +287,6 @@ class Trainer:
         Raises:
             NoneLeft: there are some, but all are damaged.
             OSError, StorageError: they are away, or cannot be read now: that is no damage.
-            Misfit: the newest is of another model.
         """
         steps: list[int] = []
         if self.rank == 0:  # what was saved after a divergence had begun
@@ -317,7 +316,7 @@ class Trainer:
             checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
             fragments = self.engine.fragments(owned=False)
             checkpoint.load(found, [f for f in fragments if f.kind != EMA or found.index.has_ema])
-        except BadCheckpoint as e:
+        except (BadCheckpoint, Misfit) as e:
             problem = str(e)
         if problems := [p for p in self.engine.gather_objects(problem) if p]:
             return str(problems[0])
