@@ -309,7 +309,8 @@ class CheckpointSection(Section):
     background: bool = True
     """Write while training goes on; otherwise the run waits for every save."""
     retry_minutes: float = Field(default=10.0, ge=0)
-    """At the end of a run, try to save for this long if the storage is away or full; then exit code 1."""
+    """At the end of a run, try to save for this long if the storage is away or full; then exit code 1. Where a run
+    or its next worker group starts, the storage is waited for as long."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_every: int = Field(default=0, ge=0)

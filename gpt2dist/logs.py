@@ -279,6 +279,15 @@ def _record(line: bytes, keys: frozenset[str]) -> dict[str, Any] | None:
 
 
 def _last_records(path: UPath, max_bytes: int, parse: Parse) -> list[dict[str, Any]]:
+    """Of more bytes where these hold no whole record: a rewind names a thousand documents."""
+    while True:
+        found, is_all = _records_at_end(path, max_bytes, parse)
+        if found or is_all:
+            return found
+        max_bytes *= 8
+
+
+def _records_at_end(path: UPath, max_bytes: int, parse: Parse) -> tuple[list[dict[str, Any]], bool]:
     if is_local(path):
         with path.open("rb") as f:
             end = f.seek(0, os.SEEK_END)
@@ -288,4 +297,4 @@ def _last_records(path: UPath, max_bytes: int, parse: Parse) -> list[dict[str, A
         end = file_size(path)
         data = path.fs.cat_file(path.path, start=max(0, end - max_bytes), end=end) if end else b""
     lines = data.split(b"\n")[1 if end > max_bytes else 0 : -1]
-    return [record for line in lines if (record := parse(line + b"\n")) is not None]
+    return [record for line in lines if (record := parse(line + b"\n")) is not None], end <= max_bytes

@@ -88,6 +88,8 @@ class Gauges:
                 self._set("workers", event["world_size"])
                 self._set("attempts", event["attempt"])
                 self._set("steps", event["step"])
+                if event["step"] < self._values.get(("checkpoint_step", ""), 0):  # a later one is damaged, or was left
+                    self._set("checkpoint_step", event["step"])
             elif kind == "eval":
                 self._set("val_loss", event["val_loss"])
             elif kind == "commit":

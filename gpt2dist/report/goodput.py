@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from gpt2dist.train import rundir
 from gpt2dist.train.interval import WRITES_APART, expected_goodput, young_daly
-from gpt2dist.train.spent import Spent, by_attempt
+from gpt2dist.train.spent import Spent, spent_by
 
 Category = Literal[
     "productive", "redone", "start_up", "data_wait", "checkpoint_stall", "evaluation", "lost_to_failure", "idle"
@@ -93,12 +93,12 @@ class Goodput:
 def goodput(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) -> Goodput:
     """Account for the whole time of a run; events and metrics: the lines of events.jsonl and metrics.jsonl."""
     # On an object store each writer's events stand together.
-    return _Account(sorted(events, key=lambda e: float(e["time"])), list(metrics)).result()
+    return _Account(sorted(events, key=lambda e: float(e["time"])), metrics).result()
 
 
 def of_run(run_dir: str) -> Goodput:
     """Account for a run directory, as far as it is written."""
-    return goodput(rundir.events_log(run_dir).read(), rundir.metrics_log(run_dir).read())
+    return goodput(rundir.events_log(run_dir).read(), rundir.metrics_log(run_dir).each())
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _Stretch:
 class _Account:
     """Walks through the events; `now` is the time up to which every second is accounted for."""
 
-    def __init__(self, events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> None:
+    def __init__(self, events: list[dict[str, Any]], metrics: Iterable[dict[str, Any]]) -> None:
         self.events = events
         self.stretches: list[_Stretch] = []
         first = events[0] if events else {"time": 0.0}
@@ -126,11 +126,12 @@ class _Account:
         self.failures = 0
         self.restarting = False  # no step yet since a failure
         self.restart_s = 0.0
-        kept, unsaved = _split(events, metrics)
-        self.kept = {spent.attempt: spent for spent in by_attempt(kept)}
+        saved = _saved_steps(events)
+        found = spent_by(metrics, lambda line: (line["step"] < saved, line["attempt"]))
+        self.kept = {attempt: spent for (is_saved, attempt), spent in found.items() if is_saved}
         self.redone: dict[int, list[Spent]] = defaultdict(list)
         dropped = [Spent(**spent) for e in events if e["event"] == "start" for spent in e.get("redone", [])]
-        for spent in [*dropped, *by_attempt(unsaved)]:
+        for spent in [*dropped, *(spent for (is_saved, _), spent in found.items() if not is_saved)]:
             self.redone[spent.attempt].append(spent)
 
     def result(self) -> Goodput:
@@ -147,8 +148,8 @@ class _Account:
         for event in self.events:
             if handler := handlers.get(event["event"]):
                 handler(event)
-        if self.state == "open" and not self._steps():
-            self._to(self.events[-1]["time"], "start_up", None)
+        if self.state == "open":
+            self._to(self.events[-1]["time"], *(("idle", self.workers) if self._steps() else ("start_up", None)))
         seconds: dict[Category, float] = dict.fromkeys(MEANING, 0.0)
         worker_seconds: dict[Category, float] = dict.fromkeys(MEANING, 0.0)
         for stretch in self.stretches:
@@ -211,6 +212,9 @@ class _Account:
         if self.state in ("over", "going on"):
             self._to(event["time"], "idle", self.workers)
             self.state = "over"
+        elif event.get("stopped") and (self.state == "failed" or self.attempt is None):  # while no group was there
+            self._to(event["time"], "lost_to_failure" if self.state == "failed" else "start_up", 0)
+            self.state = "over"
         else:
             self._fail(event["time"])
 
@@ -266,7 +270,8 @@ class _Account:
         saves = [e for e in self.events if e["event"] == "commit" and "stall_s" in e]
         if not self.failures or not saves:
             return None
-        stall, write = (statistics.median(float(e[key]) for e in saves) for key in ("stall_s", "seconds"))
+        stall = statistics.median(float(e["stall_s"]) for e in saves)
+        write = statistics.median(float(e.get("work_s", e["seconds"])) for e in saves)
         mtbf = (self.now - self.began - self.paused) / self.failures
         restart = self.restart_s / self.failures
         interval = max(young_daly(stall, mtbf), WRITES_APART * write)
@@ -275,14 +280,12 @@ class _Account:
         return Allowed(share, interval, mtbf, restart, stall, write)
 
 
-def _split(
-    events: list[dict[str, Any]], metrics: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines of steps that are saved, and lines of those that are not, up to now."""
+def _saved_steps(events: list[dict[str, Any]]) -> int:
+    """How many steps are saved up to now."""
     saved = 0
     for event in events:
         if event["event"] == "start":
             saved = event["step"]
         elif event["event"] in ("commit", "end"):
             saved = max(saved, event["step"])
-    return [m for m in metrics if m["step"] < saved], [m for m in metrics if m["step"] >= saved]
+    return int(saved)

@@ -69,5 +69,7 @@ def words(event: dict[str, Any]) -> str | None:
         return f"other samples from step {event['step']} on: {changes}"
     if kind == "non_finite":
         return str(event["cause"])
+    if kind == "diverged":
+        return f"the loss diverged in steps {event['steps'][0]} to {event['steps'][1] - 1}, once too often"
     fields = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "event"))
     return f"{kind.replace('_', ' ')}: {fields}" if fields else kind.replace("_", " ")

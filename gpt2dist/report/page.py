@@ -77,7 +77,7 @@ def render(run_dir: str, run: RunConfig) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=run.name,
         run_dir=run_dir,
-        state=_state(events),
+        state=_state(events, metrics),
         model=f"GPT-2, {model.n_layer} layers × {model.n_embd}, {gpt2.count_parameters(model) / 1e6:,.1f} M parameters",
         facts=_facts(run, events, metrics, spent.wall_s, sum(cost.values()) if cost else None),
         plots=_plots(events, metrics),
@@ -85,7 +85,7 @@ def render(run_dir: str, run: RunConfig) -> str:
         priced=cost is not None,
         goodput=goodput_line(spent),
         audit=_audit(run_dir, run),
-        checkpoints=[_checkpoint(c, run_dir) for c in checkpoint.committed(run_dir)],
+        checkpoints=_checkpoints(run_dir),
         events=shown[-SHOWN_EVENTS:],
         left_out=max(0, len(shown) - SHOWN_EVENTS),
         config=run.to_toml(),
@@ -125,13 +125,26 @@ def _facts(
     return facts
 
 
-def _state(events: list[dict[str, Any]]) -> str:
-    kinds = ("end", "launch", "start", "failure", "exit")
-    last = next((e for e in reversed(events) if e["event"] in kinds), events[-1])
-    if last["event"] == "exit":  # how the last worker group, or the command without one, had ended
-        last = next((e for e in reversed(events) if e["event"] in kinds[:-1]), last)
-        return str(last["reason"]) if last["event"] == "end" else "failed"
-    return str(last["reason"]) if last["event"] == "end" else f"not ended, last heard of {_utc(events[-1]['time'])} UTC"
+def _state(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> str:
+    kinds = ("end", "launch", "restart", "start", "failure", "exit")
+    known = [e for e in events if e["event"] in kinds]
+    ended = known[-1] if known and known[-1]["event"] == "exit" else None
+    before = [e for e in known if e["event"] != "exit"][-1:]  # how the last worker group had ended, if there was one
+    if before and before[0]["event"] == "end" and before[0]["reason"] in ("finished", "stopped"):
+        return str(before[0]["reason"])
+    if ended:
+        return "stopped" if ended.get("stopped") else "failed"
+    heard = max(events[-1]["time"], metrics[-1].get("time", 0.0) if metrics else 0.0)
+    return f"not ended, last heard of {_utc(heard)} UTC"
+
+
+def _checkpoints(run_dir: str) -> dict[str, Any]:
+    """Rows, or why there are none."""
+    try:
+        rows = [_checkpoint(c, run_dir) for c in checkpoint.committed(run_dir)]
+    except (OSError, UserError) as e:  # a copy without its checkpoints
+        return {"rows": [], "problem": str(e)}
+    return {"rows": rows, "problem": "" if rows else "None."}
 
 
 def _event(event: dict[str, Any], text: str) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class TrainJob:
 
     @property
     def stopping(self) -> bool:
-        """Whether `request_stop` was called."""
+        """Whether the end was asked for."""
         return self._stop.is_set()
 
     def _requested(self) -> str:
@@ -180,7 +180,8 @@ class TrainJob:
 
     def left(self) -> None:
         """Log that the command has ended; at its very end, so that it is known until when it took time."""
-        self._events.try_append({"time": time.time(), "event": "exit"})
+        stopped = self.stopping and self._error is None
+        self._events.try_append({"time": time.time(), "event": "exit", "stopped": stopped})
 
     def check(self) -> None:
         """After the end: raises `TrainingFailed` with the cause if there was a failure."""
@@ -226,7 +227,9 @@ class TrainJob:
                         return
             else:
                 if end.startswith(GIVEN_UP):
-                    raise TrainingFailed(end.removeprefix(GIVEN_UP))
+                    cause = end.removeprefix(GIVEN_UP)
+                    self._events.try_append({"time": time.time(), "event": "failure", "cause": cause})
+                    raise TrainingFailed(cause)
                 if end in ("finished", "stopped"):
                     return
                 failures = 0
@@ -290,6 +293,7 @@ class TrainJob:
             if time.monotonic() >= end:
                 return False
             time.sleep(min(1.0, seconds))
+        self._stop.set()  # also where a file has asked for it
         return True
 
     def _worker_group(self, scratch: UPath) -> TorchTrainer:

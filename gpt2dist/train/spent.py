@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,41 @@ class Spent:
 
 def by_attempt(lines: Iterable[dict[str, Any]]) -> list[Spent]:
     """Sums over the lines of each attempt, oldest attempt first."""
-    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    found = spent_by(lines, lambda line: int(line["attempt"]))
+    return [found[attempt] for attempt in sorted(found)]
+
+
+def spent_by(lines: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], K]) -> dict[K, Spent]:
+    """Sums over the lines with the same key, which must tell attempts apart; no line is kept."""
+    found: dict[K, Spent] = {}
     for line in lines:
         if "time" in line:  # every line since attempts are counted
-            groups[line["attempt"]].append(line)
-    return [_sum(attempt, groups[attempt]) for attempt in sorted(groups)]
+            group, one = key(line), _of_one(line)
+            found[group] = _plus(found[group], one) if group in found else one
+    return found
 
 
-def _sum(attempt: int, lines: list[dict[str, Any]]) -> Spent:
-    def total(key: str) -> float:
-        return float(sum(line.get(key, 0.0) for line in lines))
-
+def _of_one(line: dict[str, Any]) -> Spent:
     return Spent(
-        attempt,
-        len(lines),
-        begin=min(line["time"] - line["step_s"] for line in lines),
-        end=max(line["time"] + line.get("eval_s", 0.0) for line in lines),
-        step_s=total("step_s"),
-        data_wait_s=total("data_wait_s"),
-        checkpoint_s=total("checkpoint_s"),
-        eval_s=total("eval_s"),
+        line["attempt"],
+        1,
+        begin=line["time"] - line["step_s"],
+        end=line["time"] + line.get("eval_s", 0.0),
+        step_s=line["step_s"],
+        data_wait_s=line.get("data_wait_s", 0.0),
+        checkpoint_s=line.get("checkpoint_s", 0.0),
+        eval_s=line.get("eval_s", 0.0),
+    )
+
+
+def _plus(a: Spent, b: Spent) -> Spent:
+    return replace(
+        a,
+        steps=a.steps + b.steps,
+        begin=min(a.begin, b.begin),
+        end=max(a.end, b.end),
+        step_s=a.step_s + b.step_s,
+        data_wait_s=a.data_wait_s + b.data_wait_s,
+        checkpoint_s=a.checkpoint_s + b.checkpoint_s,
+        eval_s=a.eval_s + b.eval_s,
     )

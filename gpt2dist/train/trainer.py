@@ -383,7 +383,9 @@ class Trainer:
         else:
             del self.uncommitted[: outcome.step - max(0, self.saved_step)]
             self.saved_step = outcome.step
-            self._event("commit", step=outcome.step, seconds=outcome.seconds, stall_s=outcome.stall)
+            self._event(
+                "commit", step=outcome.step, seconds=outcome.seconds, work_s=outcome.work, stall_s=outcome.stall
+            )
         if (reasoning := self.times.ended(outcome)) and self.rank == 0:
             self._event("save_interval", **reasoning)
 
@@ -491,17 +493,13 @@ class Trainer:
         first = self.step - train.rewind_after
         numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
         ranges = list(positions(*numbers, self.run.data.skip))
-        if self._agree(len(rundir.rewinds(self.events.read())) if self.rank == 0 else 0) >= train.max_rewinds:
-            raise Diverged(
-                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
-                "(their samples are in events.jsonl)"
-            )
+        again = self._agree(self.rank == 0 and len(rundir.rewinds(self.events.read())) >= train.max_rewinds)
         if self.rank == 0:
             self._flush()
             ids = SampleOrder(self.run, self.data).samples(*numbers)
             split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
             self._event(
-                "rewind",
+                "diverged" if again else "rewind",
                 attempt=self.attempt,
                 steps=[first, self.step],
                 losses=[row["loss"] for row in self.metrics.tail()[-train.rewind_after :]],
@@ -511,6 +509,11 @@ class Trainer:
             )
             self.events.sync()
         self.engine.barrier()
+        if again:
+            raise Diverged(
+                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
+                "(their samples are in events.jsonl)"
+            )
         return True
 
     def _give_up(self) -> None:

@@ -81,3 +81,5 @@ def test_a_run_that_diverges_everywhere_stops(ranks: Ranks, make_data: Callable[
     (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, list(range(1000)))
     message = "the loss diverged again in steps 0 to 2 after 1 rewinds (their samples are in events.jsonl)"
     assert ends == ["rewound", message]
+    (last,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "diverged"]
+    assert (last["steps"], len(last["samples"])) == ([0, 3], 24)

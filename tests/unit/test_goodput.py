@@ -106,6 +106,49 @@ def test_one_command_that_nothing_happens_to() -> None:
     assert result.allowed is None
 
 
+def test_stopped_while_it_waits_for_machines() -> None:
+    """On purpose, and all is saved: neither a failure, nor is the pause after it lost."""
+    log = Log()
+    log.launch(4)
+    log.start(0, after=6)
+    log.steps(0, 8)
+    log.commit(8)
+    log.finish(after=1, reason="preempted")
+    log.event("restart", after=2)
+    log.event("exit", after=50, stopped=True)
+    log.now += 3600
+    log.launch(4)
+    log.event("exit", after=20, stopped=True)
+    result = check(log, start_up=4 + 6 + 2 + 50 + 4 + 20, productive=8, checkpoint_stall=1, idle=3600)
+    assert (result.failures, result.paused_s) == (0, 3600)
+
+
+def test_stopped_in_the_pause_after_a_failure() -> None:
+    log = Log()
+    log.launch(4)
+    log.start(0, after=6)
+    log.steps(0, 8)
+    log.commit(8)
+    log.event("failure", after=2)
+    log.event("exit", after=5, stopped=True)
+    log.now += 3600
+    log.launch(4)
+    log.start(8, after=6)
+    log.steps(8, 10)
+    result = check(log, start_up=20, productive=8, redone=2, lost_to_failure=7, idle=3600)
+    assert (result.failures, result.paused_s) == (1, 3600)
+
+
+def test_a_hang_is_time_too_while_it_lasts() -> None:
+    log = Log()
+    log.launch(4)
+    log.start(0, after=6)
+    log.steps(0, 8)
+    log.commit(8)
+    log.event("hang", after=600)
+    check(log, start_up=10, productive=8, idle=600)
+
+
 def test_killed_worker() -> None:
     """The group dies in step 8, of which nothing is known; steps 5 to 7 had not been saved."""
     log = Log()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -166,13 +167,27 @@ def test_a_page_that_cannot_be_written_is_one_line(run: RunConfig) -> None:
 
 def test_how_a_run_stands() -> None:
     def state(*kinds: str) -> str:
-        return page._state([{"event": kind, "time": 0.0, "reason": "stopped"} for kind in kinds])
+        return page._state([{"event": kind, "time": 0.0, "reason": "stopped"} for kind in kinds], [])
 
     assert state("launch", "start", "end", "exit") == "stopped"
     assert state("launch", "start", "end", "exit", "launch", "start", "failure", "exit") == "failed"
     assert state("launch", "start", "end", "exit", "launch", "exit") == "failed"
     assert state("launch", "start", "end") == "stopped"
     assert state("launch", "start", "end", "restart", "start").startswith("not ended")
+    start, end = {"event": "start", "time": 60.0}, {"event": "end", "reason": "preempted", "time": 90.0}
+    restart, left = {"event": "restart", "time": 91.0}, {"event": "exit", "stopped": True, "time": 99.0}
+    assert page._state([start, end, restart, left], []) == "stopped"  # asked for while it waited for machines
+    assert page._state([start, end, restart], []).startswith("not ended, last heard of 1970-01-01 00:01:31")
+    assert page._state([start], [{"time": 120.0}]).startswith("not ended, last heard of 1970-01-01 00:02:00")
+
+
+def test_page_of_a_copy_without_checkpoints(run: RunConfig) -> None:
+    run_dir = eventful_run(run, 12)
+    rundir.events_log(run_dir).append({"event": "commit", "step": 12, "time": 1e9, "seconds": 1.0, "stall_s": 0.0})
+    shutil.rmtree(Path(run_dir) / "checkpoints")
+    done = CliRunner().invoke(main, ["report", run_dir])
+    assert done.exit_code == 0, done.stderr
+    assert "checkpoints: not there, though step 12 was saved" in (Path(run_dir) / "report.html").read_text()
 
 
 def test_what_is_not_finite_leaves_a_gap() -> None:

@@ -182,6 +182,15 @@ def test_tail_of_a_long_log(tmp_path: Path) -> None:
     assert 10 < len(tail) < 100
 
 
+def test_tail_of_a_line_that_is_longer(tmp_path: Path) -> None:
+    """A rewind names a thousand documents."""
+    log = JsonLines(UPath(tmp_path) / "log.jsonl")
+    log.append({"step": 0}, {"step": 1, "documents": ["x" * 100] * 1000})
+    assert log.tail(1000)[-1]["step"] == 1
+    log.append({"step": 2})
+    assert [line["step"] for line in log.tail(1000)] == [2]
+
+
 def test_check_writable(tmp_path: Path) -> None:
     check_writable(str(tmp_path / "new" / "dir"))
     assert list((tmp_path / "new" / "dir").iterdir()) == []
