@@ -118,7 +118,7 @@ def prepare(
     if manifest := _finished_manifest(p, request):  # another process has just ended
         return manifest
     absolute = run.absolute().prepare  # Ray's workers may have another working directory
-    _begin(p, request)
+    _begin(p, request, pieces)
 
     parts = _finished(p, len(chunks))
     sizes = [sum(piece.stop - piece.start for piece in pieces) for pieces in chunks]
@@ -150,10 +150,14 @@ def prepare(
     return _finish(p, request, ordered, chunks)
 
 
-def _begin(p: PrepareSection, request: dict[str, Any]) -> None:
+def _begin(p: PrepareSection, request: dict[str, Any], pieces: list[Piece]) -> None:
     """Keep the finished parts of a killed preparation if it was the same one; otherwise remove them."""
     # What was done under "fail" had no bad record, so it is good under "skip" too.
-    text = json.dumps({k: v for k, v in request.items() if k != "on_bad_record"}, sort_keys=True).encode()
+    same = {k: v for k, v in request.items() if k != "on_bad_record"}
+    # Old and new chunks of a file that was changed do not fit together, also where its size is the same.
+    versions = json.dumps([piece.version for piece in pieces]).encode()
+    same["versions"] = hashlib.sha256(versions).hexdigest()
+    text = json.dumps(same, sort_keys=True).encode()
     path = location(p.output) / PARTS / "request.json"
     if exists(path) and read_bytes(path) == text:
         for old in children(path.parent):

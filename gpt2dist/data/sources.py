@@ -7,6 +7,7 @@ they start, so any cut gives the same documents. Compressed files cannot be ente
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib
 import io
 import json
@@ -35,6 +36,8 @@ KINDS = {".txt": "text", ".md": "text", ".jsonl": "lines", ".json": "lines", ".p
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 """Suffix → codec as pyarrow calls it."""
 _COMPRESSIBLE = ("text", "lines")
+_VERSIONS = ("mtimens", "etag", "generation", "contentmd5", "digest", "lastmodified", "mtime", "updated", "created")
+"""What listings call a file's version, in lower case, without signs; the first one counts."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Piece:
     """Index in `prepare.sources`."""
     whole: bool = True
     """Can only be read from its beginning."""
+    version: str = ""
+    """Of the file, as the listing tells it: another one has another content, even at the same size."""
 
     @property
     def codec(self) -> str | None:
@@ -97,7 +102,7 @@ def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
                 chunks.append([])
                 room = target_bytes
             stop = piece.stop if piece.whole else min(piece.stop, start + room)
-            chunks[-1].append(Piece(piece.path, piece.kind, start, stop, piece.source, piece.whole))
+            chunks[-1].append(replace(piece, start=start, stop=stop))
             room -= stop - start
             start = stop
     return chunks
@@ -169,7 +174,12 @@ def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
         paths = [source]
     else:
         paths = list(_glob(source))
-    return paths == [source], {p: {"size": os.path.getsize(p) if _kind(p) else 0} for p in paths}
+    return paths == [source], {p: _local_info(p) if _kind(p) else {} for p in paths}
+
+
+def _local_info(path: str) -> dict[str, Any]:
+    status = os.stat(path)
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _glob(pattern: str) -> Iterator[str]:
@@ -264,8 +274,18 @@ def _piece(path: str, info: dict[str, Any], source: int) -> Piece:
     if not partial and kind == "parquet":
         raise UserError(f"prepare.sources: {shown}: the server has no range requests; download it first")
     whole = kind == "text" or bool(_suffixes(path)[1]) or not partial
-    piece = Piece(path, kind, 0, max(size, 1), source, whole)  # an empty file is a record too, a bad one
+    # An empty file is a record too, a bad one.
+    piece = Piece(path, kind, 0, max(size, 1), source, whole, _version(path, info))
     return replace(piece, kind="array", whole=True) if _is_array(piece) else piece
+
+
+def _version(path: str, info: dict[str, Any]) -> str:
+    """Of what a listing has said already; of http also the whole address, whose query may name the content."""
+    known = {re.sub("[^a-z0-9]", "", key.lower()): value for key, value in info.items() if value is not None}
+    found = next((f"{key} {known[key]}" for key in _VERSIONS if key in known), "")
+    if not is_http(path):
+        return found
+    return f"{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()} {found}"
 
 
 def _is_array(piece: Piece) -> bool:
@@ -286,7 +306,11 @@ def _stdlib(source: int) -> list[Piece]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     paths = (p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
-    pieces = [Piece(str(p), "text", 0, p.stat().st_size, source) for p in sorted(paths)]
     topics = importlib.import_module(TOPICS).__file__ or ""
-    last = Piece(topics, "topics", 0, os.path.getsize(topics), source)
-    return [*(p for p in pieces if p.stop and p.path != topics), last]
+
+    def piece(path: str, kind: str) -> Piece:
+        info = _local_info(path)
+        return Piece(path, kind, 0, info["size"], source, version=_version(path, info))
+
+    pieces = [piece(str(p), "text") for p in sorted(paths) if str(p) != topics]
+    return [*(p for p in pieces if p.stop), piece(topics, "topics")]

@@ -269,6 +269,35 @@ def test_parts_of_another_request_are_not_used(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
 
 
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_source_that_changed_at_the_same_size_is_read_anew(tmp_path: Path, place: str) -> None:
+    import fsspec
+
+    name = str(tmp_path / "a.jsonl") if place == "local" else "memory://same-size/a.jsonl"
+    texts = some_texts(300)
+
+    def put(texts: list[str]) -> None:
+        fsspec.open(name, "wb").fs.pipe(name, lines(*texts))
+
+    put(texts)
+    run = prepare_run(tmp_path, name, shard_mb=0.002)
+    with pytest.raises(Stopped):
+        prepare(run, lambda _: None, Tasks(5))
+    again = Tasks(1)
+    with pytest.raises(Stopped):  # nothing changed: it goes on
+        prepare(run, lambda _: None, again)
+    put(list(reversed(texts)))
+    tasks = Tasks()
+    prepare(run, lambda _: None, tasks)
+    assert set(again.tokenized) < set(tasks.tokenized)
+    assert texts_of(run) == unique(list(reversed(texts)))
+    clean = prepare_run(tmp_path, name, shard_mb=0.002, output="clean")
+    run_prepare(clean)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+    put(texts)  # a data set that is finished goes by names and sizes, as before
+    assert look(run)[1] is not None
+
+
 def test_up_to_date_and_other_settings(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", lines("one", "two"))
     run = prepare_run(tmp_path, source)

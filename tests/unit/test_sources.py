@@ -257,6 +257,20 @@ def test_http_with_ranges_is_read_in_pieces(tmp_path: Path) -> None:
     assert "all" not in WithRanges.asked
 
 
+def test_what_tells_a_changed_file_at_the_same_size(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"text")
+    for listed in ({"ETag": '"x"', "LastModified": 1}, {"last_modified": 2}, {"mtime": 3.5}, {"contentMd5": "h"}):
+        assert sources._version("s3://b/a", listed) == sources._version("s3://b/a", dict(listed)) != ""
+        assert sources._version("s3://b/a", listed) != sources._version("s3://b/a", dict.fromkeys(listed, "other"))
+    assert sources._version("s3://b/a", {"size": 1, "VersionId": None}) == ""
+    with serving(functools.partial(WithRanges, directory=str(tmp_path))) as url:
+        queries = ("", "?v=1", "?v=2&sig=secret")
+        versions = [sources.inventory(prepare_run(tmp_path, f"{url}/a.txt{q}").prepare).pieces for q in queries]
+    assert len({piece.version for (piece,) in versions}) == 3
+    assert not any("secret" in piece.version for (piece,) in versions)
+    assert all("lastmodified" in piece.version for (piece,) in versions)  # of the answer that told the size
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin"])
 def test_a_file_that_has_become_shorter_is_no_end_of_the_documents(tmp_path: Path, name: str) -> None:
     if name == "a.bin":  # nanoGPT's; llm.c's says in its header how long it is
