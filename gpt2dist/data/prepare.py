@@ -228,7 +228,10 @@ def _part_of(row: dict[str, Any], chunks: list[list[Piece]]) -> Part:
     if row["bad"]:
         bad = json.loads(row["bad"])
         piece = chunks[row["index"]][bad["piece"]]
-        where = _where(piece, bad["line"], readers.lines_before(piece))
+        try:
+            where = _where(piece, bad["line"], readers.lines_before(piece))
+        except readers.CannotRead as e:
+            raise UserError(f"prepare: {e}") from None
         detail = f" ({bad['detail']})" if bad["detail"] else ""
         hint = "to leave such records out: --set prepare.on_bad_record=skip"
         raise UserError(f"{where}: {bad['reason']}{detail}; {hint}")

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from gpt2dist.data import json_array, parquet_footer, sources
 from gpt2dist.data.compressed import is_damage
-from gpt2dist.data.sources import Piece, open_piece
+from gpt2dist.data.sources import Piece, SourceChanged, open_piece
 from gpt2dist.data.token_files import HEADER_BYTES, Joined, Tokens, header_of, token_blocks, token_documents
 from gpt2dist.data.tokenizer import N_VOCAB
 from gpt2dist.urls import without_secrets, without_secrets_in
@@ -62,7 +62,8 @@ class Reader:
     """Iterates over the documents and bad records of a piece, in order.
 
     Raises:
-        CannotRead: the file cannot be read (which is not the file's content being bad).
+        CannotRead: the file cannot be read (which is not the file's content being bad), or was changed since it was
+            listed.
     """
 
     def __init__(self, piece: Piece, text_field: str) -> None:
@@ -74,10 +75,9 @@ class Reader:
     def __iter__(self) -> Iterator[Document | BadRecord]:
         try:
             yield from getattr(self, f"_{self.piece.kind}")()
-        except (OSError, aiohttp.ClientError, BotoCoreError) as e:
+        except _CLIENT_ERRORS as e:
             if not isinstance(e, OSError) or not is_damage(e):
-                path, why = without_secrets(self.piece.path), getattr(e, "strerror", None) or _one_line(e)
-                raise CannotRead(f"{path}: cannot be read: {without_secrets_in(why)}") from None
+                raise _cannot_read(self.piece, e) from None
             in_lines = self.piece.kind in ("lines", "array")
             yield BadRecord(self.lines + 1 if in_lines else 0, "damaged file", str(e))
 
@@ -93,11 +93,10 @@ class Reader:
         yield self._decode(0, data)
 
     def _check_end(self, end: int) -> None:
-        """end: bytes of the file as it is now."""
+        """end: bytes of the file as it is now. Raises `SourceChanged`."""
         piece = self.piece
-        if not piece.codec and end < piece.stop and piece.stop > 1:
-            path = without_secrets(piece.path)
-            raise CannotRead(f"{path}: ends at byte {end:,}, before {piece.stop:,}: shorter than when it was listed")
+        if not piece.codec and piece.size is not None and end != piece.size:  # since it was opened
+            raise SourceChanged(end, piece.size)
 
     def _lines(self) -> Iterator[Document | BadRecord]:
         piece = self.piece
@@ -233,8 +232,6 @@ class Reader:
         with open_piece(piece) as f:
             head = f.read(HEADER_BYTES)
             size = None if piece.whole else f.seek(0, io.SEEK_END)
-            if size is not None:
-                self._check_end(size)
             header, problem = header_of(head, size if size is not None else piece.stop)
             if problem:
                 if piece.start == 0:
@@ -260,26 +257,39 @@ class Reader:
 
 
 def lines_before(piece: Piece) -> int:
-    """Lines (of .bin: documents) of the file that start before the piece; reads all that is before it."""
+    """Lines (of .bin: documents) of the file that start before the piece; reads all that is before it.
+
+    Raises:
+        CannotRead: the file cannot be read.
+    """
     if piece.start == 0 or piece.kind not in ("lines", "tokens"):
         return 0
     if piece.kind == "tokens":
         reader = Reader(Piece(piece.path, "tokens", 0, piece.start, whole=False), "")
         return sum(1 for _ in reader)
     count, left = 1, piece.start - 1
-    with open_piece(piece) as f:
-        while left > 0 and (block := f.read(min(left, 1 << 22))):
-            count += block.count(b"\n")
-            left -= len(block)
+    try:
+        with open_piece(piece) as f:
+            while left > 0 and (block := f.read(min(left, 1 << 22))):
+                count += block.count(b"\n")
+                left -= len(block)
+    except _CLIENT_ERRORS as e:
+        raise _cannot_read(piece, e) from None
     return count
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_CLIENT_ERRORS = (OSError, aiohttp.ClientError, BotoCoreError)
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError)
 
 
 def _one_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _cannot_read(piece: Piece, error: BaseException) -> CannotRead:
+    path, why = without_secrets(piece.path), getattr(error, "strerror", None) or _one_line(error)
+    return CannotRead(f"{path}: cannot be read: {without_secrets_in(why)}")
 
 
 def _skip_line(f: BinaryIO) -> int:

@@ -55,6 +55,8 @@ class Piece:
     """Index in `prepare.sources`."""
     whole: bool = True
     """Can only be read from its beginning."""
+    size: int | None = None
+    """Bytes of the whole file when it was listed; None: not known."""
     version: str = ""
     """Of the file, as the listing tells it: another one has another content, even at the same size."""
 
@@ -62,6 +64,13 @@ class Piece:
     def codec(self) -> str | None:
         """`gzip`, `zstd`, or None."""
         return CODECS.get(_suffixes(self.path)[1])
+
+
+class SourceChanged(OSError):
+    """A file that is not as long as when it was listed: what the chunks leave out of it would be lost."""
+
+    def __init__(self, size: int, listed: int) -> None:
+        super().__init__(f"it was changed: {size:,} bytes, and {listed:,} when it was listed")
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,11 @@ def from_json(text: str) -> list[Piece]:
 
 
 def open_piece(piece: Piece, block_bytes: int = 1 << 23) -> BinaryIO:
-    """The file of a piece at its beginning, decompressed; of a remote one at least `block_bytes` are fetched."""
+    """The file of a piece at its beginning, decompressed; of a remote one at least `block_bytes` are fetched.
+
+    Raises:
+        SourceChanged: it has another size than when it was listed.
+    """
     if piece.codec:
         content = Decompressed(lambda: _open_file(piece, block_bytes), piece.codec)
         return io.BufferedReader(content, READ_BYTES)
@@ -133,11 +146,23 @@ def open_piece(piece: Piece, block_bytes: int = 1 << 23) -> BinaryIO:
 
 def _open_file(piece: Piece, block_bytes: int) -> BinaryIO:
     if "://" not in piece.path:
-        return open(piece.path, "rb", buffering=1 << 20)
+        local = open(piece.path, "rb", buffering=1 << 20)
+        _check_size(piece, local, os.fstat(local.fileno()).st_size)
+        return local
     fs, path = filesystem(piece.path)
     streamed = piece.whole and is_http(piece.path)  # without range requests
     f: Any = fs.open(path, "rb", block_size=0 if streamed else block_bytes)
+    if not streamed:
+        _check_size(piece, f, f.size)
+    elif f.r.headers.get("Content-Encoding", "identity") == "identity":
+        _check_size(piece, f, f.r.content_length)
     return f if streamed and piece.codec else io.BufferedReader(f, min(1 << 20, block_bytes))
+
+
+def _check_size(piece: Piece, f: Any, size: int | None) -> None:
+    if piece.size is not None and size is not None and size != piece.size:
+        f.close()
+        raise SourceChanged(size, piece.size)
 
 
 def _full(location: str) -> str:
@@ -275,7 +300,7 @@ def _piece(path: str, info: dict[str, Any], source: int) -> Piece:
         raise UserError(f"prepare.sources: {shown}: the server has no range requests; download it first")
     whole = kind == "text" or bool(_suffixes(path)[1]) or not partial
     # An empty file is a record too, a bad one.
-    piece = Piece(path, kind, 0, max(size, 1), source, whole, _version(path, info))
+    piece = Piece(path, kind, 0, max(size, 1), source, whole, size, _version(path, info))
     return replace(piece, kind="array", whole=True) if _is_array(piece) else piece
 
 
@@ -310,7 +335,7 @@ def _stdlib(source: int) -> list[Piece]:
 
     def piece(path: str, kind: str) -> Piece:
         info = _local_info(path)
-        return Piece(path, kind, 0, info["size"], source, version=_version(path, info))
+        return Piece(path, kind, 0, info["size"], source, size=info["size"], version=_version(path, info))
 
     pieces = [piece(str(p), "text") for p in sorted(paths) if str(p) != topics]
     return [*(p for p in pieces if p.stop), piece(topics, "topics")]

@@ -271,26 +271,77 @@ def test_what_tells_a_changed_file_at_the_same_size(tmp_path: Path) -> None:
     assert all("lastmodified" in piece.version for (piece,) in versions)  # of the answer that told the size
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin"])
-def test_a_file_that_has_become_shorter_is_no_end_of_the_documents(tmp_path: Path, name: str) -> None:
-    if name == "a.bin":  # nanoGPT's; llm.c's says in its header how long it is
-        whole = np.tile(np.array([10, 11, EOT], dtype=np.uint16), 500).tobytes()
-        half = whole[:1500]
-    else:
-        whole = lines(*[f"text {i}" for i in range(300)])
-        half = whole[: whole.index(b"\n", len(whole) // 2) + 1]
-    write(tmp_path / name, whole)
-    run = prepare_run(tmp_path, str(tmp_path / name), shard_mb=0.001)
+@pytest.mark.parametrize("change", ["shorter", "longer", "appended"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "a.parquet", "a.json", "a.jsonl.gz", "a.md.zst"])
+def test_a_file_whose_size_has_changed_stops_the_preparation(tmp_path: Path, name: str, change: str) -> None:
+    """Of a shorter one the end is missing; of a longer one what the chunks do not know of."""
+    path = tmp_path / name
+
+    def put(count: int) -> None:
+        texts = [f"text {i} {i**5}" for i in range(count)]
+        if name == "a.bin":  # nanoGPT's; llm.c's says in its header how long it is
+            write_nanogpt(path, [[10, 11]] * count)
+        elif name == "a.parquet":
+            write_parquet(path, texts)
+        else:
+            write(path, json.dumps([{"text": t} for t in texts]).encode() if name == "a.json" else lines(*texts))
+
+    put(300)
+    run = prepare_run(tmp_path, str(path), shard_mb=0.001)
 
     def execute(function: Any, rows: list[dict[str, Any]], p: Any) -> Any:
-        write(tmp_path / name, half)
+        put({"shorter": 150, "longer": 600, "appended": 300}[change])
+        if change == "appended":
+            path.write_bytes(path.read_bytes() * 2)
         yield from in_process(function, rows, p)
 
     with pytest.raises(
-        UserError, match=rf"{name}: ends at byte [\d,]+, before [\d,]+: shorter than when it was listed"
+        UserError, match=rf"{name}: cannot be read: it was changed: [\d,]+ bytes, and [\d,]+ when it was listed"
     ):
         prepare(run, lambda _: None, execute)
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.bin", "a.json"])
+def test_a_web_page_whose_size_has_changed(tmp_path: Path, http_server: str, name: str) -> None:
+    data = gzip.compress(lines("one")) if name.endswith("gz") else lines("one!")
+    if name == "a.json":
+        data = b'[{"text": "one"}]  '
+    with serving(functools.partial(WithRanges, directory=str(tmp_path))) as ranges:
+        for i, url in enumerate((http_server, ranges)):
+            (tmp_path / name).write_bytes(data)
+            run = prepare_run(tmp_path, f"{url}/{name}", output=f"out{i}")
+
+            def execute(function: Any, rows: list[dict[str, Any]], p: Any) -> Any:
+                (tmp_path / name).write_bytes(data * 2)
+                yield from in_process(function, rows, p)
+
+            with pytest.raises(UserError, match="it was changed: "):
+                prepare(run, lambda _: None, execute)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", lines(*["text"] * 200_000)))
+    (piece,) = sources.inventory(prepare_run(tmp_path, str(path)).prepare).pieces
+    records = iter(Reader(piece, "text"))
+    next(records)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CannotRead, match="it was changed"):
+        list(records)
+
+
+def test_a_bad_record_in_a_file_that_has_changed_since(tmp_path: Path) -> None:
+    """Its line cannot be counted any more."""
+    path = write(tmp_path / "a.jsonl", lines(*["text"] * 50) + b"bad\n")
+    run = prepare_run(tmp_path, path, shard_mb=0.0005)
+
+    def execute(function: Any, rows: list[dict[str, Any]], p: Any) -> Any:
+        for row in list(in_process(function, rows, p)):
+            Path(path).write_bytes(b"")
+            yield row
+
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: it was changed"):
+        prepare(run, lambda _: None, execute)
 
 
 def test_memory_file_system_with_globs_and_ranges(tmp_path: Path) -> None:
