@@ -13,6 +13,10 @@ PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 SCHEME = "affine32"
 """Of the hash functions; fixed, so that a newer datasketch gives the same result."""
+MIN_ROWS = 12
+"""Values in a band that is sure to be found."""
+MISSES = (0.02, 0.98)
+"""Weights of candidates that are none, and of pairs that are missed."""
 _WORD = re.compile(r"\w+")
 _BATCH = 4096
 
@@ -39,15 +43,23 @@ def signature(text: str) -> Signature:
 
 
 class NearIndex:
-    """The documents kept so far; about 3 kB of memory each."""
+    """The documents kept so far; about 6 kB of memory each at a threshold of 0.8, less above."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHashLSH
 
         self.threshold = threshold
-        # Above 0.98 datasketch would want a single band. In one of four bands 99 of 100 pairs at 0.99 agree.
-        bands = None if threshold <= 0.98 else (4, PERMUTATIONS // 4)
-        self.index: Any = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, params=bands)
+        # Candidates are compared afterwards, so too many cost only time; one that is no candidate is missed. Two
+        # signatures that differ in n values have one of n + 1 bands in common for sure.
+        bands = max(2, int((1 - threshold) * PERMUTATIONS) + 1)  # datasketch has no single one
+        rows = PERMUTATIONS // bands
+        # Short bands have too many documents in common; then datasketch finds what misses few pairs.
+        self.index: Any = MinHashLSH(
+            threshold=threshold,
+            num_perm=PERMUTATIONS,
+            params=(bands, rows) if rows >= MIN_ROWS else None,
+            weights=MISSES,
+        )
         self.kept: list[Signature] = []
 
     def add(self, document: Signature) -> bool:

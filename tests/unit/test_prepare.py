@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2dist.config import UserError
-from gpt2dist.data import dedup, encode, tokenizer
+from gpt2dist.data import dedup, encode, near, tokenizer
 from gpt2dist.data.inspection import verify
 from gpt2dist.data.prepare import look, prepare
 from gpt2dist.data.shards import read_manifest
@@ -113,6 +113,20 @@ def test_near_duplicates(tmp_path: Path) -> None:
     none = prepare_run(tmp_path, source, dedup="none", output="none")
     run_prepare(none)
     assert texts_of(none) == texts
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.85, 0.9, 0.95, 0.98, 0.985, 0.99, 0.995, 0.999])
+def test_hardly_a_pair_above_the_threshold_is_missed(threshold: float) -> None:
+    """Of pairs that agree in just as many values as they must."""
+    rng = np.random.default_rng(0)
+    index, found = near.NearIndex(threshold), 0
+    for _ in range(200):
+        one = rng.integers(0, 2**32, near.PERMUTATIONS, dtype=np.uint32)
+        two = one.copy()
+        two[rng.permutation(near.PERMUTATIONS)[: int((1 - threshold) * near.PERMUTATIONS)]] ^= 1
+        assert index.add(one)
+        found += not index.add(two)
+    assert found >= (200 if threshold >= 0.95 else 185)
 
 
 def test_split_of_a_document_never_changes(tmp_path: Path) -> None:
