@@ -58,6 +58,8 @@ def _fetch(path: UPath, copy: Path, sha256: str, size: int) -> None:
                 digest.update(data)
                 target.write(data)
                 fetched += len(data)
+            target.flush()
+            os.fsync(target.fileno())  # its name says what is in it, also after a power cut
         if fetched != size:
             raise UserError(f"{path}: shard has {fetched:,} bytes, the manifest says {size:,}")
         if digest.hexdigest() != sha256:

@@ -205,6 +205,16 @@ def test_a_map_outlives_its_file(remote: UPath) -> None:
     assert array.tobytes() == b"\1" * 100
 
 
+def test_a_copy_is_on_the_disk_before_it_has_its_name(remote: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sha, size = put(remote, b"x" * 100)
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("fsync", os.fstat(fd).st_size)))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", os.stat(a).st_size)), replace(a, b)))
+    with cache.local_copy(path, sha, size, limit=1000):
+        assert calls == [("fsync", 100), ("replace", 100)]
+
+
 def test_a_damaged_download_is_named(remote: UPath) -> None:
     path, sha, size = put(remote, b"x" * 100)
     for content, problem in ((b"y" * 100, "damaged: its sha256"), (b"x" * 99, "has 99 bytes, the manifest says 100")):
