@@ -13,6 +13,13 @@ FETCHED_BYTES = 1 << 17
 """More than pyarrow takes from the file at a time."""
 
 
+class WindowTooLarge(OSError):
+    """A .zst file that takes more memory than pyarrow allows; it may well be whole."""
+
+    def __init__(self) -> None:
+        super().__init__("its zstd window is over 128 MiB; compress it again without --long or --ultra")
+
+
 class Decompressed(io.RawIOBase):
     """A compressed file's content; all that comes before damage is delivered, then the error is raised.
 
@@ -33,7 +40,12 @@ class Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a part of the buffer; 0 at the end. Raises `OSError`; where `is_damage`, nothing can follow."""
+        """Fill a part of the buffer; 0 at the end.
+
+        Raises:
+            WindowTooLarge: of .zst.
+            OSError: it cannot be read; where `is_damage`, nothing can follow.
+        """
         into = memoryview(buffer).cast("B")[:READ_BYTES]
         if self._error is None:
             try:
@@ -41,6 +53,8 @@ class Decompressed(io.RawIOBase):
             except OSError as e:
                 if not is_damage(e):
                     raise
+                if "requires too much memory" in str(e):
+                    raise WindowTooLarge from None
                 self._left, self._error = self._before_damage(), e
             else:
                 self._delivered += count
