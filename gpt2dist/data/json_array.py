@@ -62,3 +62,20 @@ def elements(f: Any, limit: int) -> Iterator[tuple[bytes, str]]:
             return
     if not ended:
         yield bytes(buffer[start:]), "the array does not end"
+
+
+def is_balanced(text: bytes) -> bool:
+    """Whether each bracket closes one of its kind and each string ends: then the element ends where it seems to."""
+    opened = bytearray()
+    at = 0
+    while match := _STRUCTURE.search(text, at):
+        at, sign = match.end(), match[0]
+        if sign == b'"':
+            at = _IN_STRING.match(text, at).end() + 1  # type: ignore[union-attr]
+            if at > len(text):
+                return False
+        elif sign in b"[{":
+            opened += sign
+        elif sign in b"]}" and (not opened or bytes([opened.pop()]) + sign not in (b"[]", b"{}")):
+            return False
+    return not opened

@@ -150,7 +150,8 @@ class Reader:
             except json.JSONDecodeError as e:
                 return BadRecord(number, "broken JSON", f"{e.msg} at column {e.colno}", raw)
             except (ValueError, RecursionError) as e:  # a number of thousands of digits; deep nesting
-                return BadRecord(number, "broken JSON", str(e), raw)
+                reason = "cannot be parsed" if json_array.is_balanced(line) else "broken JSON"
+                return BadRecord(number, reason, str(e), raw)
         text = record.get(self.field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             return BadRecord(number, "no text", f"no string in field {self.field!r}", raw)

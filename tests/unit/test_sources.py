@@ -547,7 +547,9 @@ BAD_LINES = {
     "invalid UTF-8": b'{"text": "\xff\xfe"}',
     "broken JSON": b'{"text": "half',
     "broken JSON 2": b"[" * 2_000,
-    "broken JSON 3": b'{"text": ' + b"9" * 4400 + b"}",
+    "broken JSON 3": b'{"text": "a", "more": ' + b"[" * 5000 + b"}" * 5001,
+    "cannot be parsed": b'{"text": "a", "n": ' + b"9" * 4400 + b"}",
+    "cannot be parsed 2": b'{"text": "a]", "more": ' + b"[" * 5000 + b"]" * 5000 + b"}",
     "broken JSON 4": b"{'text': 'single'}",
     "no text": b'{"body": "x"}',
     "no text 2": b'{"text": 5}',
@@ -599,6 +601,22 @@ def test_bad_elements(tmp_path: Path, case: str, name: str) -> None:
     assert (record["file"], record["line"], record["reason"]) == (path, 3, reason)
     assert ("nothing after it in this file can be read" in record["detail"]) == broken
     assert record["raw"].strip().startswith(BAD_LINES[case][:9].decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "balanced"),
+    [
+        (b"5", True),
+        (b'{"a": [1, "]\\"}"]}', True),
+        (b"[}", False),
+        (b"]", False),
+        (b"[", False),
+        (b'"a', False),
+        (b'["a\\"]', False),
+    ],
+)
+def test_brackets_that_close(text: bytes, balanced: bool) -> None:
+    assert json_array.is_balanced(text) == balanced
 
 
 @pytest.mark.parametrize(
