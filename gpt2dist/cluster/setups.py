@@ -184,12 +184,17 @@ def workers_per_machine(run: RunConfig, machine: Machine) -> int:
     return min(by_cpu, int(machine.gpus / c.gpus_per_worker)) if c.gpus_per_worker else by_cpu
 
 
+def workers_together(run: RunConfig, machine: Machine) -> int:
+    """How many workers of the run come to lie on one machine: Ray fills one before it takes the next."""
+    return min(workers_per_machine(run, machine), run.cluster.max_workers)
+
+
 def memory_limit(run: RunConfig, machine: Machine) -> int:
     """Bytes that `plan.memory` may come to for one worker on a machine."""
     c = run.cluster
     if c.gpus_per_worker:
         return gpu_limit(machine.gpu_memory_gib * c.gpus_per_worker)
-    room = HOST_SHARE * machine.memory_gib / max(1, workers_per_machine(run, machine)) - PROCESS_GIB
+    room = HOST_SHARE * machine.memory_gib / max(1, workers_together(run, machine)) - PROCESS_GIB
     return max(0, int(room * GIB / MARGIN))
 
 
@@ -201,7 +206,7 @@ def gpu_limit(gib: float) -> int:
 def why_not(run: RunConfig, candidate: Candidate, machines: int, row: MemoryRow) -> str:
     """What keeps a run off a number of machines; empty where it fits."""
     machine, c = candidate.machine, run.cluster
-    each = workers_per_machine(run, machine)
+    each = workers_together(run, machine)
     if c.gpus_per_worker and not machine.gpus:
         return "has no GPUs"
     if c.accelerator and c.accelerator.partition("-")[0] != machine.gpu.partition("-")[0]:

@@ -173,6 +173,25 @@ def test_offload_needs_host_memory() -> None:
     assert large.fits
 
 
+def test_workers_share_the_memory_of_a_machine_with_those_of_the_run_alone() -> None:
+    """However many more there would be room for; the machine that Ray fills first has the most."""
+    cpus = {"cluster": {"workers": 1, "cpus_per_worker": 1}, "batch__micro_batches": 64, "data": {"seq_len": 1024}}
+    m7i = candidate("m7i.4xlarge")
+    limits = []
+    for workers in (1, 2, 15, 16):
+        run = tiny_run(model={"preset": "124M"}, **{**cpus, "cluster__workers": workers})
+        (setup,) = planner(run).as_written([m7i])
+        limits.append((setup.machines, setup.memory_limit_bytes))
+    whole = 0.7 * 64 * 2**30
+    expected = [(m, (whole / n - 2**29) / 1.1) for m, n in ((1, 1), (1, 2), (1, 15), (2, 15))]
+    assert [limit for _, limit in limits] == pytest.approx([limit for _, limit in expected])
+    assert [machines for machines, _ in limits] == [machines for machines, _ in expected]
+
+    run = gpu_run(model={"preset": "1558M"}, cluster__workers=1, train__zero_stage=3, train__offload_optimizer=True)
+    (alone,) = planner(run).as_written([candidate("g6.12xlarge")])
+    assert alone.fits, alone.problem  # 47 GB on the host, and room for four
+
+
 def test_smallest_is_the_least_that_fits() -> None:
     """One machine less, or the next weaker options, and it does not fit."""
     run = load_run(ROOT / "jobs" / "gpt2_1558m.toml")
