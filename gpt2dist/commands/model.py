@@ -79,7 +79,7 @@ def generate(
       gpt2dist generate runs/smoke --prompt "def main(" --prompt "class " --max-tokens 40 --samples 2
     """
     from gpt2dist.data import tokenizer
-    from gpt2dist.model.generate import Sampling, continue_texts
+    from gpt2dist.model.generate import NotFinite, Sampling, continue_texts
     from gpt2dist.train.saved import open_model
 
     lines = _prompt_lines(prompt_file) if prompt_file else []
@@ -91,13 +91,18 @@ def generate(
     model = saved.load(precision)
     texts = [""] * len(starts)
     shown = -1
-    for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
-        texts[i] += piece
-        if not as_json:
-            if i != shown:
-                click.echo(("\n" + "-" * 40 + "\n" if i else "") + starts[i], nl=False)
-                shown = i
-            click.echo(piece, nl=False)
+    try:
+        for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
+            texts[i] += piece
+            if not as_json:
+                if i != shown:
+                    click.echo(("\n" + "-" * 40 + "\n" if i else "") + starts[i], nl=False)
+                    shown = i
+                click.echo(piece, nl=False)
+    except NotFinite:
+        if shown >= 0:
+            click.echo()  # ends the line of a text
+        raise UserError(f"{location}: the model's logits are not finite") from None
     if as_json:
         rows = [{"prompt": p, "seed": s, "text": t} for p, s, t in zip(starts, seeds, texts, strict=True)]
         click.echo(json.dumps({"step": saved.step, "samples": rows}))

@@ -15,6 +15,12 @@ from gpt2dist.model.gpt2 import GPT2, KVCache
 
 TOP_P_GUESS = 256
 """Tokens among which the likeliest top_p of the probability are first looked for."""
+BLOCK = 256
+"""Steps whose random numbers are drawn together, and for which there is room at first."""
+
+
+class NotFinite(Exception):
+    """The model has no next token: its logits are not finite."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +62,33 @@ class Generation:
         device = model.wte.weight.device
         self._width = max(map(len, prompts))
         self._padding = torch.tensor([self._width - len(p) for p in prompts], device=device)
-        self._ids = torch.zeros(len(prompts), self._width + s.max_tokens, dtype=torch.int64, device=device)
+        room = min(s.max_tokens, BLOCK)  # grows
+        self._ids = torch.zeros(len(prompts), self._width + room, dtype=torch.int64, device=device)
         for row, prompt in zip(self._ids, prompts, strict=True):
             row[self._width - len(prompt) : self._width] = torch.tensor(prompt)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._uniform = torch.stack([torch.rand(s.max_tokens, dtype=torch.float64, generator=g) for g in generators])
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Raises `NotFinite`."""
         model, ids = self.model, self._ids
         positions = model.config.n_positions
-        capacity = min(ids.shape[1], positions)
+        capacity = min(self._width + self.sampling.max_tokens, positions)
         last = ids[:, self._width - 1].tolist()
         stale = True
         for step in range(self.sampling.max_tokens):
             end = self._width + step
             start = max(0, end - positions)
+            if step % BLOCK == 0:
+                uniform = uniforms(self._generators, BLOCK)
+            if end == ids.shape[1]:
+                ids = torch.cat([ids, torch.zeros_like(ids)], 1)
             if stale or start:
                 cache = KVCache(model.config, capacity, (self._padding - start).clamp(min=0), model.wte.weight)
                 x = model.hidden(ids[:, start:end], cache)
             else:
                 x = model.hidden(ids[:, end - 1 : end], cache)
-            tokens = choose(model.head(x)[:, -1].float().cpu(), self._uniform[:, step], self.sampling)
+            tokens = choose(model.head(x)[:, -1].float().cpu(), uniform[:, step % BLOCK], self.sampling)
             ids[:, end] = tokens
             drawn = [(row, token) for row, token in enumerate(tokens.tolist()) if not self.done[row]]
             restarted = [row for row, _ in drawn if model.config.document_mask and last[row] == EOT]
@@ -90,11 +101,21 @@ class Generation:
                 return
 
 
+def uniforms(generators: Sequence[torch.Generator], count: int) -> Tensor:
+    """The next random numbers in [0, 1) of each generator: float64 [B, count]. In parts they are the same as at once."""
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in generators])
+
+
 def choose(logits: Tensor, uniform: Tensor, s: Sampling) -> Tensor:
     """The next token of each row: int64 [B].
 
     logits: fp32 [B, vocabulary], on the CPU; uniform: float64 [B] in [0, 1), what the draw depends on.
+
+    Raises:
+        NotFinite: a row has NaN or +inf, or nothing but -inf.
     """
+    if not bool(torch.isfinite(logits.amax(-1)).all()):  # NaN wins over all numbers
+        raise NotFinite
     if s.temperature == 0:
         return torch.from_numpy(logits.numpy().argmax(-1))  # over 20 times faster than torch's on the CPU
     logits = logits / s.temperature

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from gpt2dist.data import tokenizer
-from gpt2dist.model import linear
-from gpt2dist.model.generate import Generation, Sampling, TextStream, choose, continue_texts
+from gpt2dist.model import generate, linear
+from gpt2dist.model.generate import Generation, NotFinite, Sampling, TextStream, choose, continue_texts, uniforms
 from gpt2dist.model.gpt2 import GPT2, GPT2Config, KVCache, build
 from tests.conftest import tiny_run
 from tests.unit.runs import save_run
@@ -97,6 +97,38 @@ def test_seeds() -> None:
     assert a == generated(model, prompts, [4, 5], max_tokens=20)
     assert a[0] != a[1]
     assert generated(model, prompts, [5, 4], max_tokens=30)[0][:20] == a[1]  # neither neighbours nor length matter
+
+
+def test_random_numbers_drawn_in_parts_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = torch.stack([torch.rand(700, dtype=torch.float64, generator=seeded(seed)) for seed in (4, 5)])
+    generators = [seeded(4), seeded(5)]
+    assert torch.equal(torch.cat([uniforms(generators, n) for n in (256, 3, 1, 440)], 1), at_once)
+    model = random_model()
+    prompts = prompts_of(3, 9, 30)
+    monkeypatch.setattr(generate, "BLOCK", 100)
+    expected = generated(model, prompts, max_tokens=40)
+    monkeypatch.setattr(generate, "BLOCK", 3)
+    assert generated(model, prompts, max_tokens=40) == expected
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_room_for_tokens_grows_with_them() -> None:
+    model = random_model()
+    prompts = prompts_of(3)
+    (full,) = generated(model, prompts, max_tokens=8, temperature=0)
+    cut = generated(model, prompts, max_tokens=10**18, temperature=0, stop_tokens=frozenset({full[5]}))
+    assert cut == [full[: full.index(full[5])]]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {}])
+@pytest.mark.parametrize("values", [[0.0, torch.nan, 1.0], [0.0, torch.inf, 1.0], [-torch.inf] * 3])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(options: dict[str, Any], values: list[float]) -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], values])
+    with pytest.raises(NotFinite):
+        choose(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), Sampling(1, **options))
 
 
 def test_stop_tokens_end_a_row_and_not_its_neighbours() -> None:
@@ -216,6 +248,18 @@ def test_command(run_dir: str, tmp_path: Path) -> None:
         assert refused.exit_code == 2
         assert f"Invalid value for '{option}'" in refused.stderr
     assert cli("generate", run_dir, "--temperature", "1e-6", "--max-tokens", "3").exit_code == 0
+
+
+@pytest.mark.parametrize("options", [("--temperature", "0"), (), ("--top-k", "0"), ("--top-p", "0.9", "--json")])
+def test_model_of_nan_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(name="nan")
+    model = build(GPT2Config.from_run(run), 0)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight.fill_(torch.nan)
+    result = cli("generate", save_run(run, model), *options)
+    assert_one_line(result, "runs/nan: the model's logits are not finite")
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize("prompt", [[tokenizer.EOT, 5, 7], [5, tokenizer.EOT], [5, tokenizer.EOT, 7]])
