@@ -113,7 +113,7 @@ class DataSection(Section):
     the steps before."""
     skip: list[Annotated[tuple[int, int], Field(strict=False)]] = []
     """Positions [first, end) of the sample order that are left out; a rewind (train.rewind) adds to them by itself."""
-    shuffle_window: int = Field(default=8, ge=1)
+    shuffle_window: int = Field(default=8, ge=1, le=2**31)
     """Shards among which samples are shuffled at a time."""
     cache_gb: float = Field(default=20.0, gt=0)
     """Shards on an object store are copied to each node's disk; of all copies there, at most this many GB are kept."""
@@ -206,7 +206,7 @@ class TrainSection(Section):
     """A loss this far above the median of the last 100 steps, in nats, has jumped."""
     max_rewinds: int = Field(default=5, ge=1)
     """A run that diverges once more than this stops, naming the samples."""
-    initial_loss_scale: int = Field(default=2**16, ge=1)
+    initial_loss_scale: int = Field(default=2**16, ge=1, le=2**32)
     """fp16: loss scale at the start, a power of two; it halves when gradients overflow and doubles every 1000 steps."""
     profile_steps: tuple[int, int] | None = Field(default=None, strict=False)
     """[first, end]: steps first to end − 1 of worker 0 are recorded by torch's profiler, into the run's directory."""
@@ -267,7 +267,7 @@ class OptimSection(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     """Adam's β₁ and β₂."""
     eps: float = Field(default=1e-8, gt=0)
-    """Adam's ε."""
+    """Adam's ε; at least 1e-30."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay of matrices and embeddings; never of biases and LayerNorm."""
     grad_clip: float = Field(default=1.0, ge=0)
@@ -284,6 +284,8 @@ class OptimSection(Section):
             raise ValueError(f'decay_steps is of schedule = "wsd" only, not of "{self.schedule}"')
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
+        if self.eps < 1e-30:
+            raise ValueError(f"eps = {self.eps:g} is below 1e-30: in fp32 it may be 0, and steps NaN")
         return self
 
 

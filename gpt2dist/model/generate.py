@@ -102,7 +102,7 @@ class Generation:
 
 
 def uniforms(generators: Sequence[torch.Generator], count: int) -> Tensor:
-    """The next random numbers in [0, 1) of each generator: float64 [B, count]. In parts they are the same as at once."""
+    """The next random numbers in [0, 1) of each generator, float64 [B, count]; in parts the same as at once."""
     return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in generators])
 
 

@@ -88,6 +88,15 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
             {"optim__name": "muon"},
             'optim.name = "muon" needs train.zero_stage = 0: at stage 2 a worker holds pieces ',
         ),
+        ({"optim__eps": 1e-46}, "optim: eps = 1e-46 is below 1e-30"),
+        (
+            {"train__initial_loss_scale": 2**33},
+            "train.initial_loss_scale: input should be less than or equal to 4294967296, got 8589934592",
+        ),
+        (
+            {"data__shuffle_window": 2**31 + 1},
+            "data.shuffle_window: input should be less than or equal to 2147483648, got 2147483649",
+        ),
         ({"train__initial_loss_scale": 3}, "train: initial_loss_scale = 3 is not a power of two"),
         ({"optim__decay_steps": 3}, 'optim: decay_steps is of schedule = "wsd" only, not of "cosine"'),
         (
