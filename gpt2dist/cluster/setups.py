@@ -9,8 +9,8 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -74,14 +74,16 @@ class Options:
     zero_stage: int
     activation_checkpointing: bool = False
     offload: bool = False
+    offload_only: Literal["", "optimizer", "weights"] = ""
+    """At stage 3: what alone is offloaded; by default both."""
 
     def of(self, run: RunConfig, workers: int | None = None) -> RunConfig | None:
         """The run with these; None where config.py refuses them."""
         train = {
             "zero_stage": self.zero_stage,
             "activation_checkpointing": self.activation_checkpointing,
-            "offload_optimizer": self.offload,
-            "offload_param": self.offload and self.zero_stage == 3,
+            "offload_optimizer": self.offload and self.offload_only != "weights",
+            "offload_param": self.offload and self.offload_only != "optimizer" and self.zero_stage == 3,
         }
         table = run.model_dump()
         table["train"] |= train
@@ -94,7 +96,8 @@ class Options:
 
     def __str__(self) -> str:
         more = [", checkpointing"] * self.activation_checkpointing + [", offload"] * self.offload
-        return f"ZeRO-{self.zero_stage}" + "".join(more)
+        only = f" of {self.offload_only} only" if self.offload_only else ""
+        return f"ZeRO-{self.zero_stage}" + "".join(more) + only
 
 
 ALL_OPTIONS = [
@@ -104,9 +107,21 @@ ALL_OPTIONS = [
 
 
 def options_of(run: RunConfig) -> Options:
-    """Those of the run file."""
+    """Those of the run file; without offload on CPU workers, where it changes nothing."""
     t = run.train
-    return Options(t.zero_stage, t.activation_checkpointing, t.offload_optimizer or t.offload_param)
+    own = Options(t.zero_stage, t.activation_checkpointing)
+    if not run.cluster.gpus_per_worker or not (t.offload_optimizer or t.offload_param):
+        return own
+    if t.zero_stage < 3 or t.offload_optimizer == t.offload_param:
+        return replace(own, offload=True)
+    return replace(own, offload=True, offload_only="optimizer" if t.offload_optimizer else "weights")
+
+
+def options_for(run: RunConfig) -> list[Options]:
+    """All that are worth a try, and the run file's own, which come first."""
+    own = options_of(run)
+    useful = [o for o in ALL_OPTIONS if o != own and (run.cluster.gpus_per_worker or not o.offload)]
+    return [own, *useful]
 
 
 # ---------------------------------------------------------------------- memory
@@ -165,13 +180,13 @@ _NO_OFFLOAD = {"offload_optimizer": False, "offload_param": False}
 
 
 def memory_table(run: RunConfig) -> list[MemoryRow]:
-    """Every ZeRO stage with and without activation checkpointing and offload, where config.py allows it.
+    """Every ZeRO stage with and without activation checkpointing and offload, where config.py allows it, and the run's.
 
     Offload changes nothing on CPU workers, and is left out there.
     """
-    runs = (options.of(run) for options in sorted(ALL_OPTIONS, key=lambda o: o.zero_stage))
-    rows = [memory_row(variant) for variant in runs if variant]
-    return [row for row in rows if run.cluster.gpus_per_worker or not row.options.offload]
+    order = {options: i for i, options in enumerate(ALL_OPTIONS)}
+    wanted = sorted(options_for(run), key=lambda o: (o.zero_stage, order.get(o, len(order))))
+    return [memory_row(variant) for options in wanted if (variant := options.of(run))]
 
 
 # ---------------------------------------------------------------------- fitting
@@ -456,10 +471,8 @@ class Planner:
 
     def _variants(self, workers: int) -> Iterator[RunConfig]:
         run = self.run.model_copy(update={"cluster": self.run.cluster.model_copy(update={"accelerator": ""})})
-        wanted = sorted(ALL_OPTIONS, key=lambda o: o != options_of(run))  # the run file's own ones win a tie
-        for options in wanted:
-            variant = options.of(run, workers)
-            if variant and (self.run.cluster.gpus_per_worker or not options.offload):
+        for options in options_for(run):  # the run file's own ones win a tie
+            if variant := options.of(run, workers):
                 yield variant
 
 

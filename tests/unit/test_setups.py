@@ -18,7 +18,16 @@ from gpt2dist.cli import main
 from gpt2dist.cluster.machines import load_machines
 from gpt2dist.cluster.nodes import node_types
 from gpt2dist.cluster.plan import arithmetic
-from gpt2dist.cluster.setups import Assumptions, Candidate, Options, Planner, grouped, memory_row, memory_table
+from gpt2dist.cluster.setups import (
+    Assumptions,
+    Candidate,
+    Options,
+    Planner,
+    grouped,
+    memory_row,
+    memory_table,
+    options_of,
+)
 from gpt2dist.config import RunConfig, UserError, load_run
 from gpt2dist.model import gpt2
 from gpt2dist.report import planned
@@ -112,6 +121,32 @@ def test_table_has_all_that_a_run_file_may_ask_for() -> None:
         assert by[Options(stage, offload=True)] < plain
     cpu = memory_table(tiny_run())
     assert not any(row.options.offload for row in cpu)  # where it would change nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"offload_optimizer": True}, "ZeRO-3, offload of optimizer only"),
+        ({"offload_param": True}, "ZeRO-3, offload of weights only"),
+        ({"offload_optimizer": True, "offload_param": True}, "ZeRO-3, offload"),
+        ({"activation_checkpointing": True, "zero_stage": 1}, "ZeRO-1, checkpointing"),
+    ],
+)
+def test_what_is_shown_as_the_runs_own_is_the_runs_own(options: dict[str, Any], name: str) -> None:
+    train = {f"train__{key}": value for key, value in {"zero_stage": 3, **options}.items()}
+    run = gpu_run(cluster__workers=[8, 64], **train)
+    own = [row for row in memory_table(run) if row.options == options_of(run)]
+    assert [str(row.options) for row in own] == [name]
+    assert own[0] == memory_row(run)
+    (few,) = planner(run).as_written([candidate("g6.2xlarge", 8)])  # fewer workers than its most
+    assert (str(few.options), few.workers) == (name, 8)
+    assert few.memory_bytes == memory_row(gpu_run(cluster__workers=8, **train)).total
+
+
+def test_on_cpu_workers_offload_is_no_option_of_a_run() -> None:
+    plain, offloading = tiny_run(train__zero_stage=2), tiny_run(train__zero_stage=2, train__offload_optimizer=True)
+    assert memory_table(plain) == memory_table(offloading)
+    assert options_of(offloading) in [row.options for row in memory_table(offloading)]
 
 
 # ---------------------------------------------------------------------- fitting
