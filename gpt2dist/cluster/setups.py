@@ -5,6 +5,7 @@ All of it is computed from the run file and machines.toml; docs/plan.md says how
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import statistics
@@ -20,7 +21,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.model import gpt2
 from gpt2dist.storage import exists, location
 from gpt2dist.train import rundir
-from gpt2dist.train.fragment import sums_at_owners
+from gpt2dist.train.fragment import FEW_RANKS, sums_at_owners
 from gpt2dist.train.interval import WRITES_APART, expected_goodput, young_daly
 
 MFU = 0.4
@@ -426,18 +427,27 @@ class Planner:
 
         `cluster.accelerator` is left aside: this is about what else there is.
         """
-        each = workers_per_machine(self.run, candidate.machine)
+        each, micro_batches = workers_per_machine(self.run, candidate.machine), self.run.batch.micro_batches
         if not each:
             return None
-        for machines in itertools.count(1):
-            workers = min(each * machines, self.run.batch.micro_batches)
-            found = [self.setup(candidate, machines, variant) for variant in self._variants(workers)]
-            fitting = [setup for setup in found if setup.fits]
-            if fitting:  # offload last: its transfers are not in `step_s`
-                return min(fitting, key=lambda s: (s.options.offload, s.step_s))
-            if workers == self.run.batch.micro_batches or machines == candidate.max_machines:
+        most = -(-micro_batches // each)
+        most = most if candidate.max_machines is None else min(most, candidate.max_machines)
+
+        def fitting(machines: int) -> list[Setup]:
+            variants = self._variants(min(each * machines, micro_batches))
+            return [setup for variant in variants if (setup := self.setup(candidate, machines, variant)).fits]
+
+        # From more than a few workers on, one more never needs more memory: so the first that fits is found by halving.
+        one_by_one = min(-(-(FEW_RANKS + 1) // each), most)
+        found = next((machines for machines in range(1, one_by_one + 1) if fitting(machines)), None)
+        if found is None:
+            others = range(one_by_one + 1, most + 1)
+            place = bisect.bisect_left(others, True, key=lambda machines: bool(fitting(machines)))
+            if place == len(others):
                 return None
-        return None
+            found = others[place]
+        # Offload last: its transfers are not in `step_s`.
+        return min(fitting(found), key=lambda s: (s.options.offload, s.step_s))
 
     def result(self, candidates: list[Candidate]) -> dict[str, Any]:
         """All that `gpt2dist plan` shows, as JSON has it."""

@@ -26,7 +26,9 @@ from gpt2dist.cluster.setups import (
     grouped,
     memory_row,
     memory_table,
+    options_for,
     options_of,
+    workers_per_machine,
 )
 from gpt2dist.config import RunConfig, UserError, load_run
 from gpt2dist.model import gpt2
@@ -238,6 +240,43 @@ def test_smallest_is_the_least_that_fits() -> None:
     plain = [Options(stage).of(run, found.workers) for stage in (0, 1, 2, 3)]
     assert all(not planner(run).setup(g6, found.machines, p).fits for p in plain if p)
     assert planner(gpu_run(batch__micro_sequences=4096)).smallest(candidate("g6.xlarge")) is None
+
+
+def one_by_one(run: RunConfig, machine: Candidate) -> tuple[int, Options] | None:
+    """What `smallest` has to find, with all machines tried."""
+    plans, each = planner(run), workers_per_machine(run, machine.machine)
+    for machines in range(1, -(-run.batch.micro_batches // each) + 1):
+        variants = (o.of(run, min(each * machines, run.batch.micro_batches)) for o in options_for(run))
+        setups = [plans.setup(machine, machines, variant) for variant in variants if variant]
+        fitting = [setup for setup in setups if setup.fits]
+        if fitting:
+            return machines, min(fitting, key=lambda s: (s.options.offload, s.step_s)).options
+    return None
+
+
+WIDE = {"n_layer": 8, "n_head": 32, "n_embd": 4096}
+
+
+@pytest.mark.parametrize("micro_batches", [13, 64])
+@pytest.mark.parametrize("micro_sequences", [1, 4, 64])
+@pytest.mark.parametrize("machine", ["g6.xlarge", "g6.12xlarge", "m7i.2xlarge"])
+def test_smallest_by_halving_is_what_trying_all_finds(machine: str, micro_sequences: int, micro_batches: int) -> None:
+    gpus = 0 if machine.startswith("m") else 1
+    changes = {"batch": {"micro_sequences": micro_sequences, "micro_batches": micro_batches}, "cluster__workers": 1}
+    run = gpu_run(model=WIDE, cluster__gpus_per_worker=gpus, **changes)
+    found = planner(run).smallest(candidate(machine))
+    assert (found and (found.machines, found.options)) == one_by_one(run, candidate(machine))
+
+
+def test_smallest_gives_up_soon_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    setup = Planner.setup
+    monkeypatch.setattr(Planner, "setup", lambda self, c, n, run: tried.append(n) or setup(self, c, n, run))
+    run = gpu_run(batch={"micro_sequences": 4096, "micro_batches": 4096})
+    assert planner(run).smallest(candidate("g6.xlarge")) is None
+    assert len(set(tried)) <= 5 + 13
+    assert max(tried) == 4096
+    assert planner(run).smallest(candidate("g6.xlarge", 0)) is None
 
 
 # ---------------------------------------------------------------------- speed and cost
