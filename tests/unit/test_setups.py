@@ -254,12 +254,12 @@ def one_by_one(run: RunConfig, machine: Candidate) -> tuple[int, Options] | None
     return None
 
 
-WIDE = {"n_layer": 8, "n_head": 32, "n_embd": 4096}
+WIDE = {"n_layer": 16, "n_head": 64, "n_embd": 8192}
 
 
-@pytest.mark.parametrize("micro_batches", [13, 64])
+@pytest.mark.parametrize("micro_batches", [13, 200])
 @pytest.mark.parametrize("micro_sequences", [1, 4, 64])
-@pytest.mark.parametrize("machine", ["g6.xlarge", "g6.12xlarge", "m7i.2xlarge"])
+@pytest.mark.parametrize("machine", ["g6.xlarge", "g6.12xlarge", "m7i.4xlarge"])
 def test_smallest_by_halving_is_what_trying_all_finds(machine: str, micro_sequences: int, micro_batches: int) -> None:
     gpus = 0 if machine.startswith("m") else 1
     changes = {"batch": {"micro_sequences": micro_sequences, "micro_batches": micro_batches}, "cluster__workers": 1}
