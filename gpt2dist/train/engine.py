@@ -470,7 +470,8 @@ def _deepspeed_config(run: RunConfig, world_size: int, gas: int, device: torch.d
     t, stage, micro = run.train, run.train.zero_stage, run.batch.micro_sequences
     at_owners = stage == 2 and sums_at_owners(device.type, world_size)
     as_they_are = world_size == 1 or at_owners
-    bucket = SMALL_BUCKET if at_owners else round(t.bucket_mb * 1e6 / 4)
+    most = gpt2.count_parameters(gpt2.GPT2Config.from_run(run), published=False)  # it is allocated whole
+    bucket = SMALL_BUCKET if at_owners else min(most, round(t.bucket_mb * 1e6 / 4))
     offload = {"device": "cpu", "pin_memory": run.cluster.gpus_per_worker > 0}
     return {
         "train_micro_batch_size_per_gpu": micro,
