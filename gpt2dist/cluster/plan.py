@@ -97,8 +97,14 @@ def memory(run: RunConfig) -> dict[str, int]:
     # the one that is computed again.
     inputs = low * config.n_embd * tokens
     block = 17 * inputs + 4 * (product - low) * config.n_embd * tokens
-    if not config.document_mask and not config.dropout and keeps_probabilities(run.data.seq_len, dtype, device):
-        block += low * config.n_head * run.data.seq_len * tokens - inputs  # in place of the result
+    scores = config.n_head * run.data.seq_len * tokens
+    with_dropout = on_cpu and config.dropout > 0  # torch has no fused attention for it there
+    if with_dropout:
+        # In fp32 probabilities, what dropout multiplies them by, and their product; Q, K and V, but not the result.
+        # Beside them what it multiplies both branches by.
+        block = 19 * inputs + 3 * (4 - low) * config.n_embd * tokens + 3 * 4 * scores
+    elif not config.document_mask and keeps_probabilities(run.data.seq_len, dtype, device):
+        block += low * scores - inputs  # in place of the result
     checkpointing = run.train.activation_checkpointing
     activations = config.n_layer * (inputs if checkpointing else block)
     table = low * config.padded_vocab_size * config.n_embd  # a gradient of the embedding table
@@ -116,15 +122,15 @@ def memory(run: RunConfig) -> dict[str, int]:
         rows = 4 * copies * min(tokens, ROWS[device.type])
         loss = {"logits": (low * tokens + rows) * config.padded_vocab_size, "gradient of the table": table}
     tables = 2 if on_cpu else 3  # its gradients from the head and from the embedding, on CPUs rows, and their sum
-    bucket = round(run.train.bucket_mb * 1e6 / 4)
-    if on_cpu:
-        bucket = min(n, bucket)
+    bucket = min(n, round(run.train.bucket_mb * 1e6 / 4))
     moments = [{"activations": activations, **loss}]
     if stage == 3:  # where the bucket stays
         moments[0]["bucket"] = 4 * bucket
     if checkpointing:
         activations += block
-        moments.append({"activations": activations, "gradient of the table": table})
+    if checkpointing or with_dropout:
+        of_scores = 2 * 4 * scores if with_dropout else 0  # two gradients of them
+        moments.append({"activations": activations + of_scores, "gradient of the table": table})
     reduce: dict[str, int] = {}
     if stage == 1:
         reduce = {"gradients to reduce": table, "gradients of the own part": 4 * share[1]}
