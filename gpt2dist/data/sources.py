@@ -35,6 +35,7 @@ TOPICS = "pydoc_data.topics"
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".bin": "tokens"}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 """Suffix → codec as pyarrow calls it."""
+DIRECTORY = "directory"
 _COMPRESSIBLE = ("text", "lines")
 _VERSIONS = ("mtimens", "etag", "generation", "contentmd5", "digest", "lastmodified", "mtime", "updated", "created")
 """What listings call a file's version, in lower case, without signs; the first one counts."""
@@ -80,24 +81,24 @@ class Inventory:
     pieces: list[Piece]
     """One a file, sorted within each source."""
     passed_over: Mapping[str, int]
-    """Suffix → files of kinds that cannot be read, which lie in a directory or match a glob; links of web pages are not
-    counted."""
+    """Suffix → files of kinds that cannot be read, which lie in a directory or match a glob, and `DIRECTORY` →
+    directories that match one; links of web pages are not counted."""
 
 
 def inventory(prepare: PrepareSection) -> Inventory:
     """What there is to read. Raises `UserError`."""
     if not prepare.sources:
         raise UserError("prepare.sources: empty; name files, directories, globs, URLs or builtin:stdlib")
-    output = _full(prepare.output) + "/"
+    output = _real(prepare.output) + "/"
     for source in prepare.sources:
-        if output.startswith(_full(source) + "/"):
+        if output.startswith(_real(source).rstrip("/") + "/"):
             raise UserError(f"prepare.output: {prepare.output} lies in the source {without_secrets(source)}")
     passed_over: Counter[str] = Counter()
     pieces = [piece for i, source in enumerate(prepare.sources) for piece in _expand(source, i, passed_over)]
     for piece in pieces:
-        if prepare.output and _full(piece.path).startswith(output):
+        if prepare.output and _real(piece.path).startswith(output):
             raise UserError(f"prepare.sources: {without_secrets(piece.path)} lies in prepare.output")
-    return Inventory(pieces, passed_over)
+    return Inventory(pieces, +passed_over)
 
 
 def cut(pieces: list[Piece], target_bytes: int) -> list[list[Piece]]:
@@ -169,6 +170,12 @@ def _full(location: str) -> str:
     return location.rstrip("/") if "://" in location else os.path.abspath(location)
 
 
+def _real(location: str) -> str:
+    """The place itself, by whatever links it is named."""
+    path = location.removeprefix("file://")
+    return _full(location) if "://" in path else os.path.realpath(path)
+
+
 def _expand(source: str, index: int, passed_over: Counter[str]) -> list[Piece]:
     shown = without_secrets(source)
     if source == STDLIB:
@@ -177,9 +184,9 @@ def _expand(source: str, index: int, passed_over: Counter[str]) -> list[Piece]:
         raise UserError(f"prepare.sources: {source}: unknown; did you mean {STDLIB}?")
     try:
         if "://" in source and not source.startswith("file://"):
-            named, found = _find_remote(source)
+            named, found = _find_remote(source, passed_over)
         else:
-            named, found = _find_local(source.removeprefix("file://"))
+            named, found = _find_local(source.removeprefix("file://"), passed_over)
     except Exception as e:  # each object store's client has its own errors
         text = without_secrets_in((str(e) or type(e).__name__).splitlines()[0])
         raise UserError(f"prepare.sources: {shown}: cannot be listed: {text}") from None
@@ -192,13 +199,13 @@ def _expand(source: str, index: int, passed_over: Counter[str]) -> list[Piece]:
         return list(threads.map(lambda path: _piece(path, found[path], index), sorted(found)))
 
 
-def _find_local(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
+def _find_local(source: str, passed_over: Counter[str]) -> tuple[bool, dict[str, dict[str, Any]]]:
     if os.path.isdir(source):
         paths = list(_walk(source))
     elif os.path.isfile(source):
         paths = [source]
     else:
-        paths = list(_glob(source))
+        paths = list(_glob(source, passed_over))
     return paths == [source], {p: _local_info(p) if _kind(p) else {} for p in paths}
 
 
@@ -207,7 +214,7 @@ def _local_info(path: str) -> dict[str, Any]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _glob(pattern: str) -> Iterator[str]:
+def _glob(pattern: str, passed_over: Counter[str]) -> Iterator[str]:
     """All files that match, each directory once. Raises `OSError` where one below a ** cannot be read."""
     before, deep, _ = pattern.partition("**")
     if deep:  # `glob` goes round and round in links, and passes over what it may not read
@@ -216,6 +223,7 @@ def _glob(pattern: str) -> Iterator[str]:
         found = [path for root in roots for path in _walk(root) if matches(path) and not _hidden(path, root)]
     else:
         found = glob.glob(pattern)
+        passed_over[DIRECTORY] += sum(map(os.path.isdir, found))
     seen = set()
     for path in sorted(found):
         directory, name = os.path.split(path)
@@ -251,7 +259,7 @@ def _walk(directory: str) -> Iterator[str]:
         yield from (path for name in files if _is_file(path := os.path.join(place, name)))
 
 
-def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
+def _find_remote(source: str, passed_over: Counter[str]) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Files at a URL, with fsspec's description of each."""
     fs, path = filesystem(source)
     http = is_http(source)
@@ -259,6 +267,8 @@ def _find_remote(source: str) -> tuple[bool, dict[str, dict[str, Any]]]:
     if not (http and globbed) and ((http and _kind(source)) or fs.isfile(path)):  # also where its name has a ? in it
         return True, {source: _info(fs, path)}
     found = fs.glob(path, detail=True) if globbed else fs.find(path, detail=True)
+    if globbed and not http and "**" not in path:  # which goes into them
+        passed_over[DIRECTORY] += sum(info.get("type") == "directory" for info in found.values())
     files = {fs.unstrip_protocol(p): info for p, info in found.items() if info.get("type") != "directory"}
     if http:  # a listing of links knows no sizes
         files = {p: _info(fs, p) for p in files if _kind(p)}

@@ -886,6 +886,37 @@ def test_output_and_sources_must_not_overlap(tmp_path: Path) -> None:
         run_prepare(prepare_run(tmp_path, str(tmp_path / "*/*.txt")))
 
 
+@pytest.mark.parametrize("source", ["link", "real", "deep/link", "file"])
+def test_output_in_a_source_by_a_link(tmp_path: Path, source: str) -> None:
+    write(tmp_path / "real/a.txt", b"text")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/link").symlink_to("../link")
+    (tmp_path / "other").symlink_to(tmp_path / "deep/link")
+    name = "file://" + str(tmp_path / "link") if source == "file" else str(tmp_path / source)
+    with pytest.raises(UserError, match="lies in the source"):
+        sources.inventory(prepare_run(tmp_path, name, output="other/out").prepare)
+    write(tmp_path / "real/out/b.txt", b"text")
+    with pytest.raises(UserError, match=r"b\.txt lies in prepare\.output"):
+        sources.inventory(prepare_run(tmp_path, str(tmp_path / "link/*/*.txt"), output="real/out").prepare)
+    beside = prepare_run(tmp_path, str(tmp_path / "link/out"), output="real/outer").prepare
+    assert len(sources.inventory(beside).pieces) == 1
+
+
+def test_directories_that_a_glob_matches_are_counted(tmp_path: Path) -> None:
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for name in ("a.txt", "b/c.txt", "d.txt/e.txt"):
+        write(tmp_path / "corpus" / name, b"text")
+        fs.pipe(f"/directories/{name}", b"text")
+    for place in (str(tmp_path / "corpus"), "memory://directories"):
+        for pattern, found, passed_over in (("*", 1, 2), ("*.txt", 1, 1), ("**", 3, 0), ("", 3, 0)):
+            files = sources.inventory(prepare_run(tmp_path, f"{place}/{pattern}".rstrip("/")).prepare)
+            assert len(files.pieces) == found
+            assert files.passed_over == ({"directory": passed_over} if passed_over else {})
+
+
 RAW = st.one_of(
     st.binary(max_size=60),
     st.sampled_from(list(BAD_LINES.values())).map(lambda b: b[:200]),
