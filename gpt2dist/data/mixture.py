@@ -101,6 +101,8 @@ class MixedSplit:
 
 def _shares(weights: list[float]) -> list[int]:
     """Whole numbers in proportion to the weights, each at least 1, with the sum `SHARES` (largest remainders)."""
+    # By a power of two, which changes no digit: the sum of the largest numbers would be infinite.
+    weights = np.ldexp(weights, -int(np.frexp(max(weights))[1])).tolist()
     exact = np.array(weights) / sum(weights) * (SHARES - len(weights))
     shares = np.floor(exact).astype(np.int64)
     shares[np.argsort(shares - exact, kind="stable")[: SHARES - len(weights) - shares.sum()]] += 1

@@ -216,8 +216,10 @@ def eval_ids(run: RunConfig, data: Mixture) -> Ids:
     shares = np.array([c.share for c in data.components])
     rounds = range(-(-max(count, 1) * micro // SHARES))
     component = np.concatenate([mixture_pattern(shares, 0, r) for r in rounds])
-    while np.any(np.bincount(component[: count * micro], minlength=len(split.parts)) > split.sizes):
-        count -= 1
+    for k, n in enumerate(split.sizes):  # up to the micro-batch with the first sample that it does not have
+        mine = np.flatnonzero(component == k)
+        if len(mine) > n:
+            count = min(count, int(mine[n]) // micro)
     component = component[: count * micro]
     ids = np.empty(len(component), dtype=np.int64)
     for k, n in enumerate(split.sizes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.blocks import local_blocks, split_blocks
 from gpt2dist.data.mixture import SHARES, Component, MixedSplit, Mixture, _shares
-from gpt2dist.data.order import PADDING, SampleOrder, eval_ids, permutation
+from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, mixture_pattern, permutation
 from gpt2dist.data.shards import Manifest, Shard
 from gpt2dist.train.launch import preflight
 from tests.conftest import tiny_run
@@ -62,6 +63,25 @@ def test_shares_are_exact_and_each_data_set_has_its_epochs(
 def test_weights_are_kept_to_a_sixteen_thousandth() -> None:
     weights = [0.7, 0.2, 0.0999, 0.0001]
     assert abs(np.array(_shares(weights)) / SHARES - weights).max() < 2 / SHARES
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=9))
+def test_shares_of_ordinary_weights_are_as_ever(weights: list[float]) -> None:
+    exact = np.array(weights) / sum(weights) * (SHARES - len(weights))
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: SHARES - len(weights) - shares.sum()]] += 1
+    assert _shares(weights) == (shares + 1).tolist()
+
+
+@pytest.mark.parametrize("weights", [[1e308, 1e308], [1.7e308] * 3, [5e-324] * 4, [1e308, 5e-324]])
+def test_shares_of_the_largest_and_smallest_weights(weights: list[float]) -> None:
+    shares = _shares(weights)
+    assert sum(shares) == SHARES
+    if len(set(weights)) == 1:
+        assert max(shares) - min(shares) <= 1
+    else:
+        assert shares == [SHARES - 1, 1]
 
 
 @pytest.fixture
@@ -129,6 +149,49 @@ def test_an_evaluation_may_be_longer_than_a_round_of_the_mixture(batches: int, m
     assert len(np.unique(ids)) == ids.size
     first = eval_ids(tiny_run(eval__batches=100, batch__micro_sequences=micro), data)
     assert np.array_equal(ids[:100], first)
+
+
+def _count_by_steps(component: Ids, count: int, micro: int, sizes: Ids) -> int:
+    """The plain way: a micro-batch less until no data set is asked for more than it has."""
+    while np.any(np.bincount(component[: count * micro], minlength=len(sizes)) > sizes):
+        count -= 1
+    return count
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=2, max_size=5),
+    weights=st.lists(st.floats(1e-3, 1e3), min_size=5, max_size=5),
+    micro=st.integers(1, 9),
+    batches=st.integers(1, 200),
+)
+def test_the_length_of_an_evaluation(sizes: list[int], weights: list[float], micro: int, batches: int) -> None:
+    rows = [
+        Shard(file=f"v{i}.npy", tokens=16 * n + 1, documents=1, bytes=1, sha256="0" * 64) for i, n in enumerate(sizes)
+    ]
+    manifests = [Manifest(request={"i": i}, documents={}, splits={"val": [row]}) for i, row in enumerate(rows)]
+    shares = _shares(weights[: len(sizes)])
+    data = Mixture([Component(str(i), m, n) for i, (m, n) in enumerate(zip(manifests, shares, strict=True))])
+    ids = eval_ids(tiny_run(eval__batches=batches, batch__micro_sequences=micro), data)
+    split = MixedSplit(data, "val", 16)
+    component = mixture_pattern(np.array([c.share for c in data.components]), 0, 0)
+    count = _count_by_steps(component, min(batches, sum(sizes) // micro), micro, split.sizes)
+    assert ids.shape == (count, micro)
+    assert np.array_equal(np.searchsorted(split.offsets, ids.ravel(), side="right") - 1, component[: count * micro])
+    assert len(np.unique(ids)) == ids.size
+
+
+def test_a_long_evaluation_is_found_quickly() -> None:
+    """A data set is at its end soon, the other one has much."""
+    rows = [
+        Shard(file=f"v{i}.npy", tokens=16 * n + 1, documents=1, bytes=1, sha256="0" * 64)
+        for i, n in enumerate((10, 10**6))
+    ]
+    manifests = [Manifest(request={"i": i}, documents={}, splits={"val": [row]}) for i, row in enumerate(rows)]
+    data = Mixture([Component(str(i), m, SHARES // 2) for i, m in enumerate(manifests)])
+    before = time.process_time()
+    assert 0 < len(eval_ids(tiny_run(eval__batches=60_000, batch__micro_sequences=8), data)) < 10
+    assert time.process_time() - before < 5
 
 
 def test_many_data_sets_are_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
