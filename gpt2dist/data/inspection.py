@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from upath import UPath
 
+from gpt2dist.config import UserError
 from gpt2dist.data import tokenizer
 from gpt2dist.data.shards import HEADER_BYTES, TOKEN_DTYPE, Manifest, Shard
 from gpt2dist.storage import file_size, location, reading, sha256_of
@@ -37,11 +38,19 @@ def verify(directory: str, manifest: Manifest) -> Iterator[Check]:
 def inspect(directory: str, manifest: Manifest) -> dict[str, Any]:
     """Counts, the documents' lengths in tokens, the mix of sources, and the start of the first document.
 
-    Reads all shards. Raises `OSError` where one cannot be read.
+    Reads all shards.
+
+    Raises:
+        OSError: one cannot be read.
+        UserError: one has not the size that the manifest says.
     """
     lengths: Counter[int] = Counter()
     for shards in manifest.splits.values():
         for shard in shards:
+            if problem := _wrong_size(location(directory) / shard.file, shard):
+                raise UserError(
+                    f"{directory.rstrip('/')}/{shard.file}: {problem}; see: gpt2dist data verify {directory}"
+                )
             lengths.update(_length_classes(location(directory) / shard.file))
     kept = sum(source.kept.tokens for source in manifest.sources)
     return {
@@ -61,15 +70,21 @@ def inspect(directory: str, manifest: Manifest) -> dict[str, Any]:
 
 def _problem(path: UPath, shard: Shard) -> str:
     try:
-        size = file_size(path)
-        if size != shard.bytes:
-            what = "truncated" if size < shard.bytes else "too long"
-            return f"{what}: {size:,} bytes, the manifest says {shard.bytes:,}"
+        if problem := _wrong_size(path, shard):
+            return problem
         return "" if sha256_of(path) == shard.sha256 else "altered: its sha256 is not the manifest's"
     except FileNotFoundError:
         return "missing"
     except OSError as e:
         return f"cannot be read: {e.strerror or e}"
+
+
+def _wrong_size(path: UPath, shard: Shard) -> str:
+    size = file_size(path)
+    if size == shard.bytes:
+        return ""
+    what = "truncated" if size < shard.bytes else "too long"
+    return f"{what}: {size:,} bytes, the manifest says {shard.bytes:,}"
 
 
 def _length_classes(path: UPath) -> Counter[int]:

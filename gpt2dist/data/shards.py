@@ -150,7 +150,7 @@ def _inconsistency(manifest: Manifest) -> str:
         if shard.bytes != HEADER_BYTES + 2 * shard.tokens:
             return f"{shard.file}: {shard.tokens:,} tokens do not make {shard.bytes:,} bytes"
     if not manifest.sources:
-        return ""
+        return _wrong_counts(manifest, sum(shard.documents for shard in shards))
     for source in manifest.sources:
         if source.read != _sum([source.kept, *source.dropped.values()]):
             return f"sources: {source.name!r}: read is not kept + dropped"
@@ -160,6 +160,16 @@ def _inconsistency(manifest: Manifest) -> str:
     read = sum(source.read.documents for source in manifest.sources)
     if manifest.documents != {"read": read, "kept": kept.documents, "skipped": read - kept.documents}:
         return "documents: not the sums over the sources"
+    return ""
+
+
+def _wrong_counts(manifest: Manifest, kept: int) -> str:
+    """The same of `documents` in a manifest without sources, which may also be without these counts."""
+    counts = manifest.documents
+    if counts and (counts.keys() != {"read", "kept", "skipped"} or min(counts.values()) < 0):
+        return "documents: not the counts read, kept and skipped"
+    if counts and not counts["read"] - counts["skipped"] == counts["kept"] == kept:
+        return "documents: kept is not read - skipped, or not what the shards hold"
     return ""
 
 

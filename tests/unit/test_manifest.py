@@ -76,6 +76,45 @@ def test_lies_are_refused_in_one_line(prepared: Path, path: str, value: Any) -> 
 
 
 @pytest.mark.parametrize(
+    ("documents", "problem"),
+    [
+        ({"read": 1}, "not the counts"),
+        ({"read": 60, "kept": 60, "skipped": 0, "more": 1}, "not the counts"),
+        ({"read": 59, "kept": 60, "skipped": -1}, "not the counts"),
+        ({"read": 62, "kept": 60, "skipped": 1}, "kept is not"),
+        ({"read": 61, "kept": 59, "skipped": 2}, "kept is not"),
+        ({"read": 61, "kept": 60, "skipped": 1}, ""),
+    ],
+)
+def test_counts_of_a_manifest_without_sources(prepared: Path, documents: dict[str, int], problem: str) -> None:
+    file = prepared / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sources": [], "documents": documents}))
+    result = CliRunner().invoke(main, ["data", "inspect", str(prepared)])
+    assert result.exit_code == (2 if problem else 0)
+    if problem:
+        assert f"not a valid manifest: documents: {problem}" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_manifest_that_counts_no_documents(prepared: Path) -> None:
+    file = prepared / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sources": [], "documents": {}}))
+    assert read_manifest(str(prepared)).documents == {}
+    result = CliRunner().invoke(main, ["data", "inspect", str(prepared)])
+    assert result.exit_code == 2
+    assert "does not count documents" in result.stderr
+
+
+@pytest.mark.parametrize("how", ["truncated", "too long"])
+def test_inspect_names_a_shard_of_another_size(prepared: Path, how: str) -> None:
+    name = damage(prepared, how)
+    result = CliRunner().invoke(main, ["data", "inspect", str(prepared)])
+    assert result.exit_code == 2
+    assert f"{prepared}/{name}: {how}" in result.stderr
+    assert f"see: gpt2dist data verify {prepared}" in result.stderr
+
+
+@pytest.mark.parametrize(
     "data", [b"", b"\xff\xfe{}", b"[" * 10**6, b'{"a":' * 10**5, b"null", b"[]", b"{}", b'{"x": NaN']
 )
 def test_no_manifest_at_all(tmp_path: Path, data: bytes) -> None:
