@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     run = load_run(run_file, overrides)
     check_in_a_job(run, run_file)
     from gpt2dist.cluster.session import output_to_log, ray_session
-    from gpt2dist.data.prepare import look
+    from gpt2dist.data.prepare import clean_up, look
     from gpt2dist.data.prepare import prepare as run_prepare
     from gpt2dist.report import tables
     from gpt2dist.report.preparing import PrepareView
@@ -47,6 +48,9 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     with keys_of(run_file):
         files, manifest = look(run)
     up_to_date = manifest is not None
+    if up_to_date:
+        with contextlib.suppress(OSError, UserError):  # what a killed preparation left does no harm
+            clean_up(run.prepare)
     if manifest is None:
         check_writable(run.prepare.output)
         lock = acquire_lock(run.prepare.output, "another process is preparing this data set")
@@ -138,6 +142,8 @@ def data_inspect(location: str, as_json: bool) -> None:
     from gpt2dist.report import tables
 
     manifest = read_manifest(location)
+    if not manifest.documents:
+        raise UserError(f"{location}: its manifest does not count documents: there is nothing to show")
     try:
         result = inspection.inspect(location, manifest)
     except OSError as e:

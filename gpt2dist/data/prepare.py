@@ -48,6 +48,8 @@ DEATHS = ".deaths"
 """Suffix of a file in parts/: see `_deaths_counted`."""
 MAX_DEATHS = 3
 """Of the process of one task."""
+_SHARD = re.compile(r"(train|val)-\d{5,}(\.\d+)?\.npy")
+_STAGED = re.compile(rf"\.{_SHARD.pattern}\.[0-9a-f]{{8}}")
 Rows = list[dict[str, Any]]
 Execute = Callable[[Callable[..., dict[str, Any]], Rows, PrepareSection], Iterable[dict[str, Any]]]
 """Runs function(row, prepare) for each row, in any order."""
@@ -116,6 +118,7 @@ def prepare(
     chunks = sources.cut(pieces, max(1, int(p.shard_mb * 1e6)))
     request = _request(p, pieces)
     if manifest := _finished_manifest(p, request):  # another process has just ended
+        clean_up(p)
         return manifest
     absolute = run.absolute().prepare  # Ray's workers may have another working directory
     _begin(p, request, pieces)
@@ -151,7 +154,11 @@ def prepare(
 
 
 def _begin(p: PrepareSection, request: dict[str, Any], pieces: list[Piece]) -> None:
-    """Keep the finished parts of a killed preparation if it was the same one; otherwise remove them."""
+    """Keep the finished parts of a killed preparation if it was the same one; otherwise remove them.
+
+    Raises:
+        UserError: there are shards that no killed preparation has left.
+    """
     # What was done under "fail" had no bad record, so it is good under "skip" too.
     same = {k: v for k, v in request.items() if k != "on_bad_record"}
     # Old and new chunks of a file that was changed do not fit together, also where its size is the same.
@@ -164,10 +171,16 @@ def _begin(p: PrepareSection, request: dict[str, Any], pieces: list[Piece]) -> N
             if old.suffix == DEATHS:
                 remove(old)
         return
-    remove_tree(path.parent)
-    for old in children(location(p.output)):
-        if re.fullmatch(r"\.?(train|val)-\d+.*\.npy.*", old.name):
-            remove(old)
+    shards = [old for old in children(location(p.output)) if _SHARD.fullmatch(old.name)]
+    if shards and not exists(path):
+        raise UserError(
+            f"prepare.output: {shards[0]} is there, but not from a preparation that was stopped; "
+            "remove it or name another directory"
+        )
+    # In this order: where this is stopped, the shards are still known for ours.
+    for old in shards:
+        remove(old)
+    clean_up(p)
     publish(path, text)
 
 
@@ -305,11 +318,16 @@ def _finish(p: PrepareSection, request: dict[str, Any], parts: list[Part], chunk
     manifest = Manifest(request=request, documents=documents, sources=counts, splits=splits)
     _write_quarantine(p, parts, chunks)
     write_manifest(location(p.output), manifest)
-    remove_tree(location(p.output) / PARTS)
-    for old in children(location(p.output)):  # unfinished shards of tasks that were killed
-        if re.fullmatch(r"\.(train|val)-\d+.*\.npy\.\w+", old.name):
-            remove(old)
+    clean_up(p)
     return manifest
+
+
+def clean_up(p: PrepareSection) -> None:
+    """Remove parts/, and unfinished shards of tasks that were killed: what a complete data set does not need."""
+    for old in children(location(p.output)):
+        if _STAGED.fullmatch(old.name):
+            remove(old)
+    remove_tree(location(p.output) / PARTS)
 
 
 def _count(name: str, source: int, parts: list[Part]) -> Source:

@@ -312,6 +312,54 @@ def test_a_source_that_changed_at_the_same_size_is_read_anew(tmp_path: Path, pla
     assert look(run)[1] is not None
 
 
+def test_files_of_others_are_not_removed(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", lines(*some_texts(50)))
+    for name in ("train-7.npy", "val-2024-results.npy.bak", ".train-00000.npy.part"):
+        write(tmp_path / "out" / name, b"mine")
+    run_prepare(prepare_run(tmp_path, source))
+    assert {p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name.count("train-7") or "val" in p.name} == {
+        b"mine"
+    }
+    assert (tmp_path / "out/.train-00000.npy.part").exists()
+    mine = Path(write(tmp_path / "other/train-00000.npy", b"mine"))
+    assert f"prepare.output: {mine} is there, but not from" in failure(prepare_run(tmp_path, source, output="other"))
+    assert mine.read_bytes() == b"mine"
+
+
+def test_shards_of_a_stopped_preparation_are_removed_for_other_settings(tmp_path: Path) -> None:
+    """Also where that is stopped in its turn."""
+    source = write(tmp_path / "a.jsonl", lines(*some_texts(300)))
+    with pytest.raises(Stopped):
+        prepare(prepare_run(tmp_path, source, shard_mb=0.002), lambda _: None, Tasks(5))
+    staged = Path(write(tmp_path / "out/.train-00003.1.npy.0123abcd", b"half"))
+    other = prepare_run(tmp_path, source, shard_mb=64.0)
+    with pytest.raises(Stopped):
+        prepare(other, lambda _: None, Tasks(0))
+    assert not list((tmp_path / "out").glob("*.npy"))
+    assert not staged.exists()
+    run_prepare(other)
+
+
+def test_what_a_killed_preparation_left_beside_its_manifest_goes(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from gpt2dist.cli import main
+
+    source = write(tmp_path / "a.jsonl", lines("one", "two"))
+    run = prepare_run(tmp_path, source)
+    run_prepare(run)
+    before = contents(tmp_path / "out")
+    (tmp_path / "run.toml").write_text(run.to_toml())
+    for again in (
+        lambda: prepare(run, lambda _: None),
+        lambda: CliRunner().invoke(main, ["prepare", str(tmp_path / "run.toml")]),
+    ):
+        write(tmp_path / "out/parts/00000.json", b"{}")
+        write(tmp_path / "out/.train-00000.npy.01234567", b"half")
+        again()
+        assert contents(tmp_path / "out") == before
+
+
 def test_up_to_date_and_other_settings(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", lines("one", "two"))
     run = prepare_run(tmp_path, source)
