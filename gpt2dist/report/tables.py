@@ -52,12 +52,12 @@ def source_mix(console: Console, manifest: Manifest) -> None:
 
 
 def passed_over(console: Console, files: Mapping[str, int]) -> None:
-    """Files in the sources' directories that are of no kind that can be read."""
+    """Files in the sources' directories that are of no kind that can be read, and directories that a glob names."""
     if files:
         kinds = sorted(files.items(), key=lambda item: (-item[1], item[0]))
         named = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in kinds[:8])
         more = ", …" if len(kinds) > 8 else ""
-        console.print(f"passed over: {count('file', sum(files.values()))} of other kinds ({named}{more})")
+        console.print(f"passed over: {sum(files.values()):,} of other kinds ({named}{more})")
 
 
 def inspected(console: Console, manifest: Manifest, result: Mapping[str, Any], location: str) -> None:
