@@ -48,10 +48,10 @@ def prepare(run_file: str, overrides: tuple[str, ...], as_json: bool, address: s
     with keys_of(run_file):
         files, manifest = look(run)
     up_to_date = manifest is not None
-    if up_to_date:
+    if manifest is not None:
         with contextlib.suppress(OSError, UserError):  # what a killed preparation left does no harm
             clean_up(run.prepare)
-    if manifest is None:
+    else:
         check_writable(run.prepare.output)
         lock = acquire_lock(run.prepare.output, "another process is preparing this data set")
         log = log_directory(run.prepare.output) / "prepare.log"

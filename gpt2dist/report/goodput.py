@@ -149,7 +149,11 @@ class _Account:
             if handler := handlers.get(event["event"]):
                 handler(event)
         if self.state == "open":
-            self._to(self.events[-1]["time"], *(("idle", self.workers) if self._steps() else ("start_up", None)))
+            last = self.events[-1]["time"]
+            if self._steps():
+                self._to(last, "idle", self.workers)
+            else:
+                self._to(last, "start_up", None)
         seconds: dict[Category, float] = dict.fromkeys(MEANING, 0.0)
         worker_seconds: dict[Category, float] = dict.fromkeys(MEANING, 0.0)
         for stretch in self.stretches:
