@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ os.environ.update(HOME=_home, RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHEC
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"  # of the processes that tests start
 os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parent.parent / "build" / "torch_extensions")  # compile once
 os.environ.pop("RAY_ADDRESS", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` ignores Ctrl-C, and so would what tests start
 
 from gpt2dist.config import RunConfig, parse_run  # noqa: E402
 from gpt2dist.data.shards import Manifest, Shard  # noqa: E402

@@ -29,11 +29,11 @@ of its part: with 16-bit gradients and 5 ranks as many as by an all-reduce in fp
 
 
 def sums_at_owners(device: str, ranks: int) -> bool:
-    """Whether gradients of stages 1 and 2 travel as they are and owners sum them in fp32; else an all-reduce does.
+    """Whether gradients of stages 1 and 2 go as they are to owners, who sum them in fp32; else an all-reduce does.
 
-    device: "cpu" or "cuda".
+    A rank that is alone owns all of them. device: "cpu" or "cuda".
     """
-    return device == "cpu" and ranks <= FEW_RANKS
+    return ranks == 1 or (device == "cpu" and ranks <= FEW_RANKS)
 
 
 @dataclass(frozen=True)

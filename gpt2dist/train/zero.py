@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
-from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
@@ -31,12 +31,14 @@ IN_FLIGHT = 6
 # DeepSpeed's, however often they are replaced.
 _copy_own = DeepSpeedZeroOptimizer.copy_grads_in_partition
 _end_backward = DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue
+_into_bucket = DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
 
 
 def replace_parts(device: torch.device, world_size: int) -> None:
     """Put the replacements in place; before `deepspeed.initialize`."""
     _leave_out_muon()
     DeepSpeedEngine._do_optimizer_sanity_check = _choose_optimizer
+    stage_1_and_2.count_used_parameters_in_backward = stage3.count_used_parameters_in_backward = len  # all are
     DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)  # 2 there
     DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(_add)
     DeepSpeedZeroOptimizer.get_grad_norm_direct = _norm_of_own
@@ -49,6 +51,8 @@ def replace_parts(device: torch.device, world_size: int) -> None:
         DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks = _sum_at_owners
         DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue = _finish_sums
         stage_1_and_2.all_gather_dp_groups = _gather
+    alone = world_size == 1
+    DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads = _sum_alone if alone else _into_bucket
 
 
 def _leave_out_muon() -> None:
@@ -81,19 +85,22 @@ def _add(output: Tensor | None, gradient: Tensor) -> None:
 def _unset_sums(zero: Any, group_idx: int) -> GradPartitionBufferGroup:
     """Where this rank sums the gradients of its part, fp32. DeepSpeed's are zero; here the first ones are put there."""
     size, rank = int(zero.partition_size[group_idx]), dist.get_rank(zero.real_dp_process_group[group_idx])
-    flat = torch.empty(size, dtype=torch.float32)
-    pieces, end = [], 0
+    flat = torch.empty(size, dtype=torch.float32, device=zero.bit16_groups[group_idx][0].device)
+    pieces, of, end = [], {}, 0
     for param in zero.params_in_partition[group_idx]:
         key = zero.get_param_id(param)
         place = int(zero.grad_partition_insertion_offset[group_idx][rank][key])
         length = min(param.numel() - int(zero.grad_start_offset[group_idx][rank][key]), size - place)
         if place > end:
             pieces.append(_padding(flat[end:place]))
-        pieces.append(flat[place : place + length].view(param.shape if length == param.numel() else length))
+        of[key] = flat[place : place + length].view(param.shape if length == param.numel() else length)
+        pieces.append(of[key])
         end = place + length
     if end < size:
         pieces.append(_padding(flat[end:]))
-    return GradPartitionBufferGroup(pieces, flat)
+    sums = GradPartitionBufferGroup(pieces, flat)
+    sums.gpt2dist_of = of
+    return sums
 
 
 def _padding(x: Tensor) -> Tensor:
@@ -106,6 +113,20 @@ def _let_go(zero: Any, param: Tensor, group_idx: int | None = None) -> None:
     _copy_own(zero, param, group_idx)
     if zero.partition_gradients and not zero.cpu_offload and zero._use_compact_grad_partition_buffer(group_idx):
         zero.clear_grad_attribute(param)
+
+
+def _sum_alone(zero: Any, param: Tensor, group_idx: int) -> None:
+    """Add a gradient to its fp32 sum at once, where no other rank has a part of it; no bucket is in between."""
+    if not zero.partition_gradients or zero.cpu_offload or not zero._use_compact_grad_partition_buffer(group_idx):
+        _into_bucket(zero, param, group_idx)
+        return
+    assert param.grad is not None
+    total = zero._get_compact_grad_partition_buffer(group_idx).gpt2dist_of[zero.get_param_id(param)]
+    if zero.micro_step_id == 0:
+        total.copy_(param.grad)
+    else:
+        _add(total, param.grad)
+    param.grad = None
 
 
 @dataclass
@@ -149,6 +170,8 @@ def _sum_at_owners(
     rank sums the slices that it owns over the micro-batches, or None for the slice itself.
     """
     rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if world == 1 and all(output is None for output in output_bucket):
+        return  # each slice is its sum
     owners = [next(iter(ranks)) for ranks in bucket_ranks]
     own = [i for i, owner in enumerate(owners) if owner == rank]
     itself = any(output_bucket[i] is None for i in own)
@@ -201,6 +224,7 @@ def _gather(partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_gro
         dist.broadcast(part, group=group, group_src=owner, async_op=True)
         for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
         for owner, part in enumerate(parts)
+        if len(parts) > 1
     ]
     for transfer in sent:
         transfer.wait()

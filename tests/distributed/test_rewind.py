@@ -22,7 +22,14 @@ Ranks = Callable[..., list[Any]]
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("keep", "stop"), [(2, None), (1, None), (1, 6)])
+@pytest.mark.parametrize(
+    ("keep", "stop"),
+    [
+        pytest.param(2, None, marks=pytest.mark.slow),
+        pytest.param(1, None, marks=pytest.mark.slow),
+        (1, 6),
+    ],
+)
 def test_bad_samples_are_left_out_and_named(
     ranks: Ranks, make_data: Callable[..., str], tmp_path: Path, keep: int, stop: int | None
 ) -> None:

@@ -60,6 +60,7 @@ def tells_goodput(run: RunConfig, found: Samples) -> bool:
     return found["goodput", ""] > 0 and any(found["goodput", ""] == pytest.approx(share, rel=1e-9) for share in told)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_scraped_values_are_those_of_the_run(
     make_data: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

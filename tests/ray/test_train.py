@@ -247,7 +247,7 @@ with ray_session(1, 0, None):
 """
 
 
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_an_abandoned_job_is_out_of_ray_before_ray_is_shut_down(
     make_data: Callable[..., str], tmp_path: Path, after: int
 ) -> None:
