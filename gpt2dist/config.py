@@ -179,7 +179,7 @@ class TrainSection(Section):
     """Keep only each block's input and compute the rest again in backward: less memory, about a third more work."""
     bucket_mb: float = Field(default=100.0, ge=0.1, le=1e6)
     """Gradients, and at stage 3 weights, travel in pieces of so many MB of fp32; not used at stage 2
-    with up to 4 CPU workers."""
+    with one worker or up to 4 CPU ones."""
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on; takes a second bucket. Not with one worker."""
     offload_optimizer: bool = False

@@ -37,10 +37,10 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     from gpt2dist.cluster.local import NodeFailed
     from gpt2dist.report import curves, tables
     from gpt2dist.report.goodput import of_run as goodput_of
-    from gpt2dist.train import launch
+    from gpt2dist.train.preflight import preflight
 
     with keys_of(run_file):
-        launch.preflight(run, run_file)
+        preflight(run, run_file)
     console = make_console(stderr=as_json)
     try:
         verdict = arena.compare(run, [f.strip() for f in faults.split(",")], seed, console.print)

@@ -68,9 +68,10 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
     from gpt2dist.report import gauges, live, tables
     from gpt2dist.storage import acquire_lock, log_directory
     from gpt2dist.train import launch
+    from gpt2dist.train.preflight import preflight
 
     with keys_of(run_file):
-        ready = launch.preflight(run, run_file, away)
+        ready = preflight(run, run_file, away)
     if run.data.verify and not ready.finished:
         for path in run.data_paths:
             for check in hash_shards(path):
@@ -91,6 +92,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             console = make_console(None if as_json else terminal)  # with --json: to the log
             console.print(f"run {run.run_dir}, log {log}")
             tables.changed(console, ready.resume_step, ready.changes)
+            if ready.short_validation:
+                console.print(ready.short_validation)
             with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address, NO_NODES_FOR_DATA):
                 job = launch.TrainJob(run, STARTED, ready.changes)
                 on_stop(job.request_stop)

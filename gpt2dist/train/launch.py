@@ -1,4 +1,4 @@
-"""From a run file to a running Ray Train job: checks, lock, start, stop, and the cause of a failure."""
+"""A running Ray Train job: its start, restarts and stop, and the cause of a failure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import ray
 import ray.train
@@ -24,21 +23,15 @@ from ray.train.v2._internal.execution.controller.state import ResizingState, Run
 from upath import UPath
 
 from gpt2dist.config import RunConfig, UserError
-from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import eval_ids
 from gpt2dist.data.stream import ExactStream, placeholder
-from gpt2dist.model import gpt2, hf
-from gpt2dist.storage import StorageError, check_writable, exists, is_local, location, publish, remove_tree
-from gpt2dist.train import checkpoint, reservation, resume, rundir
+from gpt2dist.storage import StorageError, is_local, location, publish, remove_tree
+from gpt2dist.train import reservation, resume, rundir
 from gpt2dist.train.allocator import cpu_worker_environment
-from gpt2dist.train.saved import changes
+from gpt2dist.train.preflight import newest_when_there, when_there
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
-T = TypeVar("T")
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
 """Wait before a restart: nothing after the first failure in a row, then 5 s, 15 s, 35 s and so on."""
-LONGEST_LOOK_S = 10.0
-"""Between two looks whether the storage is back."""
 ABANDON_S = 10.0
 """How long the end of Ray Train's controller is waited for."""
 RESIZE_SAVE_S = 600.0
@@ -47,76 +40,6 @@ RESIZE_SAVE_S = 600.0
 
 class TrainingFailed(Exception):
     """A run that ended before its time; the message is the cause, in one line."""
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What is known before anything starts."""
-
-    resume_step: int
-    """Step at which training goes on; 0 for a new run."""
-    finished: bool
-    """Nothing is left to do."""
-    changes: list[resume.Change]
-    """What the run file has changed since the newest checkpoint."""
-
-
-def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda _: None) -> Preflight:
-    """Check all that can be checked without a cluster; `source` names the run file in messages.
-
-    away: see `newest_when_there`.
-
-    Raises:
-        UserError: data set missing, damaged or too short, storage not writable, or a checkpoint that does not fit.
-    """
-    try:
-        data = _checked_data(run)
-    except UserError as e:
-        key = "data.path" if run.data.path or not run.data_paths else "prepare.output"
-        raise UserError(f"{source}: {key}: {str(e).removeprefix(f'{key}: ')}") from None
-    try:
-        begun = exists(location(run.run_dir) / "config.toml")
-        found = newest_when_there(run, away) if begun else checkpoint.newest(run.run_dir)
-    except checkpoint.NoneLeft as e:
-        raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
-    changed: list[resume.Change] = []
-    if found is None:
-        hf.check_init(run, source)
-    else:
-        changed = changes(run, found, data)
-        if reason := resume.refusal(changed, run.data.allow_changed):
-            raise UserError(f"{source}: {reason}")
-        checkpoint.check_fits(found, gpt2.parameter_shapes(gpt2.GPT2Config.from_run(run)), source)
-    new_here = not begun and is_local(location(run.run_dir))  # its directory is made when it starts
-    check_writable(run.storage if new_here else run.run_dir)
-    step = found.index.step if found else 0
-    return Preflight(step, found is not None and step >= run.stop_step, changed)
-
-
-def _checked_data(run: RunConfig) -> Mixture:
-    """The data sets of a run. Raises `UserError` where they are missing, damaged, or too short for it."""
-    data = Mixture.open(run)
-    train = MixedSplit(data, "train", run.data.seq_len)
-    val = MixedSplit(data, "val", run.data.seq_len)
-    train.check_sizes()
-    val.check_sizes()
-    for part in train.parts:
-        if part.tokens == 0:
-            raise UserError(f"{part.location}: the data set is empty")
-        if len(train.parts) > 1 and part.num_samples(run.data.seq_len) == 0:
-            raise UserError(f"{part.location}: shorter than one sample of data.seq_len = {run.data.seq_len}")
-    if train.num_samples < run.global_batch:
-        raise UserError(
-            f"{data}: {train.num_samples:,} samples of data.seq_len = {run.data.seq_len} are less than one "
-            f"global batch of {run.global_batch:,} (batch.micro_batches × batch.micro_sequences)"
-        )
-    if run.eval.every_steps and len(eval_ids(run, data)) == 0:
-        sizes = ", ".join(f"{part.location}: {n}" for part, n in zip(val.parts, val.sizes, strict=True))
-        raise UserError(
-            f"samples of the validation split ({sizes}) do not make one micro-batch of "
-            f"{run.batch.micro_sequences}; raise prepare.val_fraction or set eval.every_steps = 0"
-        )
-    return data
 
 
 class TrainJob:
@@ -336,41 +259,6 @@ def _end_controllers() -> None:
         for actor, about in ray_state.actor_table(None, ray.JobID.from_hex(own), "ALIVE").items():
             if about["ActorClassName"] == TrainController.__name__:
                 global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
-
-
-def newest_when_there(run: RunConfig, away: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint of a run that has begun; waits while the storage is away: see `when_there`.
-
-    Raises:
-        NoneLeft: none is good.
-    """
-
-    def newest() -> checkpoint.Checkpoint | None:
-        if not exists(location(run.run_dir) / "config.toml"):
-            raise StorageError(f"{run.run_dir}: the run's directory is not there any more")
-        return checkpoint.newest(run.run_dir)
-
-    return when_there(run, newest, away)
-
-
-def when_there(run: RunConfig, look: Callable[[], T], away: Callable[[str], None]) -> T:
-    """What `look` returns; tried again while the run's storage is away.
-
-    away: told what is wrong, again and again.
-
-    Raises:
-        OSError, StorageError: away for `checkpoint.retry_minutes`.
-    """
-    pause, give_up = 1.0, time.monotonic() + 60 * run.checkpoint.retry_minutes
-    while True:
-        try:
-            return look()
-        except (OSError, StorageError) as e:
-            if time.monotonic() > give_up:
-                raise
-            away(str(e))
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_LOOK_S)
 
 
 def _is_preemption(error: BaseException) -> bool:

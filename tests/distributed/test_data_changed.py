@@ -14,7 +14,7 @@ from gpt2dist.cli import main
 from gpt2dist.config import UserError
 from gpt2dist.data.shards import read_manifest
 from gpt2dist.train import checkpoint, rundir
-from gpt2dist.train.launch import preflight
+from gpt2dist.train.preflight import preflight
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 

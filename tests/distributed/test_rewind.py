@@ -13,7 +13,7 @@ from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
 from gpt2dist.train import ledger, rundir
 from gpt2dist.train.checkpoint import newest
-from gpt2dist.train.launch import preflight
+from gpt2dist.train.preflight import preflight
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 from tests.distributed.test_engine import logged

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from gpt2dist.config import UserError
 from gpt2dist.storage import StorageError
-from gpt2dist.train import checkpoint, fragment_file, launch, rundir, snapshot
+from gpt2dist.train import checkpoint, fragment_file, preflight, rundir, snapshot
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, NoneLeft
 from gpt2dist.train.fragment import KINDS, Fragment
 from gpt2dist.train.index import INDEX, Index
@@ -333,18 +333,18 @@ def test_a_run_waits_for_its_storage(tmp_path: Path, lost: str, message: str) ->
             away.rename(place)
 
     place.rename(away)
-    found = launch.newest_when_there(run, tell)
+    found = preflight.newest_when_there(run, tell)
     assert found is not None
     assert found.index.step == 4
     assert len(told) == 2
     assert message in told[0]
     place.rename(away)
     with pytest.raises(StorageError, match=message):
-        launch.newest_when_there(run, told.append)
+        preflight.newest_when_there(run, told.append)
     away.rename(place)
     (Path(run.run_dir) / STEP_4 / INDEX).unlink()
     with pytest.raises(NoneLeft):
-        launch.newest_when_there(run, pytest.fail)
+        preflight.newest_when_there(run, pytest.fail)
 
 
 def test_files_of_other_machines_are_not_committed(tmp_path: Path) -> None:

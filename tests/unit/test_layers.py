@@ -13,7 +13,7 @@ LAYERS = [
     ["gpt2dist.cli", "gpt2dist.__main__"],
     ["gpt2dist.commands"],
     ["gpt2dist.cluster", "gpt2dist.report", "gpt2dist.train.launch", "gpt2dist.train.evaluation"],
-    ["gpt2dist.train.worker", "gpt2dist.train.reservation", "gpt2dist.data.prepare"],
+    ["gpt2dist.train.worker", "gpt2dist.train.preflight", "gpt2dist.train.reservation", "gpt2dist.data.prepare"],
     ["gpt2dist.train.trainer", "gpt2dist.train.saved", "gpt2dist.data.stream"],
     ["gpt2dist.train.savetimes", "gpt2dist.train.watchdog"],
     ["gpt2dist.train.saver"],

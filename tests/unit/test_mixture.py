@@ -18,7 +18,7 @@ from gpt2dist.data.blocks import local_blocks, split_blocks
 from gpt2dist.data.mixture import SHARES, Component, MixedSplit, Mixture, _shares
 from gpt2dist.data.order import PADDING, Ids, SampleOrder, eval_ids, mixture_pattern, permutation
 from gpt2dist.data.shards import Manifest, Shard
-from gpt2dist.train.launch import preflight
+from gpt2dist.train.preflight import preflight
 from tests.conftest import tiny_run
 
 
@@ -241,6 +241,19 @@ def test_the_same_data_twice_and_data_too_short_are_refused(make_data: Callable[
     no_val = make_data([700], val=0, name="no_val")
     with pytest.raises(UserError, match=r"no_val: 0.*eval.every_steps = 0"):
         preflight(tiny_run(data__path={a: 1, no_val: 1}, storage=str(tmp_path / "runs")), "run.toml")
+
+
+def test_an_evaluation_of_fewer_batches_is_told(make_data: Callable[..., str], tmp_path: Path) -> None:
+    """The small data set of a mixture has no more validation samples, and none is read twice."""
+    large, small = make_data([5000], val=5000, name="large"), make_data([500], val=60, name="small")
+    run = tiny_run(data__path={large: 1, small: 1}, storage=str(tmp_path / "runs"), eval__batches=20)
+    told = preflight(run, "run.toml").short_validation
+    batches = len(eval_ids(run, Mixture.open(run)))
+    assert 0 < batches < 20
+    assert told.startswith(f"an evaluation reads {batches} of the 20 micro-batches of 2 samples (eval.batches): ")
+    assert f"{small}: 3" in told
+    alone = run.model_copy(update={"data": run.data.model_copy(update={"path": large})})
+    assert preflight(alone, "run.toml").short_validation == ""
 
 
 def test_single_data_set_has_its_own_fingerprint(make_data: Callable[..., str]) -> None:
