@@ -130,6 +130,7 @@ def assert_nowhere(client: Client, run: RunConfig) -> None:
     assert token not in known
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_submitted_stopped_and_submitted_again(
     client: Client, make_data: Callable[..., str], gpt2dist: Any, tmp_path: Path
