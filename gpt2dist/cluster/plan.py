@@ -146,8 +146,8 @@ def memory(run: RunConfig) -> dict[str, int]:
         reduce["of the others, summed"] = own * (world - 1 + (low == 4)) if world > 1 else 0
     elif stage:
         # On CUDA two with overlap_comm, by DeepSpeed's source: not measured; and what is made of them on the way.
-        second = 4 if run.train.overlap_comm and world > 1 else 0
-        as_it_is = on_cpu or (stage == 1 and world == 1)
+        second = 4 if run.train.overlap_comm else 0
+        as_it_is = on_cpu or sums_at_owners(device.type, world)
         reduce["bucket"] = (4 if as_it_is else {1: 8 + second, 2: 6 + second, 3: 4}[stage]) * bucket
     sizes = [sum(moment.values()) for moment in [*moments, reduce]]
     parts |= [*moments, reduce][sizes.index(max(sizes))]

@@ -63,15 +63,16 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             )
         told.append(problem)
 
-    from gpt2dist.cluster.session import NO_NODES_FOR_DATA, output_to_log, ray_session
-    from gpt2dist.cluster.waiting import Room
-    from gpt2dist.report import gauges, live, tables
-    from gpt2dist.storage import acquire_lock, log_directory
-    from gpt2dist.train import launch
     from gpt2dist.train.preflight import preflight
 
     with keys_of(run_file):
         ready = preflight(run, run_file, away)
+    from gpt2dist.cluster.session import NO_NODES_FOR_DATA, output_to_log, ray_session  # and with it Ray: takes long
+    from gpt2dist.cluster.waiting import Room
+    from gpt2dist.report import gauges, live, tables
+    from gpt2dist.storage import acquire_lock, log_directory
+    from gpt2dist.train import launch
+
     if run.data.verify and not ready.finished:
         for path in run.data_paths:
             for check in hash_shards(path):

@@ -51,8 +51,8 @@ def replace_parts(device: torch.device, world_size: int) -> None:
         DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks = _sum_at_owners
         DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue = _finish_sums
         stage_1_and_2.all_gather_dp_groups = _gather
-    alone = world_size == 1
-    DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads = _sum_alone if alone else _into_bucket
+    if world_size == 1:
+        DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads = _sum_alone
 
 
 def _leave_out_muon() -> None:
@@ -80,6 +80,14 @@ def _add(output: Tensor | None, gradient: Tensor) -> None:
     else:  # in pieces that a cache holds
         for a, b in zip(torch.split(output, 1 << 20), torch.split(gradient, 1 << 20), strict=True):
             a.add_(b)
+
+
+def _into_sum(total: Tensor, gradient: Tensor, first: bool) -> None:
+    """Add a gradient to its fp32 sum, which is not set yet where it is the step's first one."""
+    if first:
+        total.copy_(gradient)
+    else:
+        _add(total, gradient)
 
 
 def _unset_sums(zero: Any, group_idx: int) -> GradPartitionBufferGroup:
@@ -122,10 +130,7 @@ def _sum_alone(zero: Any, param: Tensor, group_idx: int) -> None:
         return
     assert param.grad is not None
     total = zero._get_compact_grad_partition_buffer(group_idx).gpt2dist_of[zero.get_param_id(param)]
-    if zero.micro_step_id == 0:
-        total.copy_(param.grad)
-    else:
-        _add(total, param.grad)
+    _into_sum(total, param.grad, first=zero.micro_step_id == 0)
     param.grad = None
 
 
@@ -144,10 +149,7 @@ class _Sum:
         for transfer in self.transfers:
             transfer.wait()
         for total, (gradient, *others) in self.parts:
-            if self.first:
-                total.copy_(gradient)
-            else:
-                _add(total, gradient)
+            _into_sum(total, gradient, self.first)
             for other in others:
                 _add(total, other)
 
