@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import sys
 
@@ -30,6 +32,9 @@ def main() -> None:
       gpt2dist train jobs/smoke.toml
       gpt2dist generate runs/smoke --prompt "import os"
     """
+    # What Ray and torch bring lives to the end: looking through it takes 0.5 s of a start and 0.7 of an end.
+    gc.set_threshold(50_000, 20, 100)
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # a terminal without UTF-8
             stream.reconfigure(errors="backslashreplace")

@@ -197,7 +197,14 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class TokenEmbedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """A table; without values until they are given."""
+
+    def reset_parameters(self) -> None:
+        """Leaves them out: torch's take long for a large table, and on a meta device half of torch is imported."""
+
+
+class TokenEmbedding(Embedding):
     """Rows of the table; on the CPU its gradient are rows too, summed in fp32, to be added to the head's."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -250,13 +257,16 @@ class Head(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. Parameter names follow OpenAI's variables (wte, wpe, h.N.attn.c_attn, …)."""
+    """The language model. Parameter names follow OpenAI's variables (wte, wpe, h.N.attn.c_attn, …).
+
+    A new one has memory without values: `build` and `assemble` give them.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         c = self.config = config
         self.wte = TokenEmbedding(c.padded_vocab_size, c.n_embd)
-        self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        self.wpe = Embedding(c.n_positions, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)

@@ -40,7 +40,10 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b, as `nn.Linear`."""
+    """x Wᵀ + b, as `nn.Linear`; without values until they are given."""
+
+    def reset_parameters(self) -> None:
+        """Leaves them out."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; result: [..., out_features]."""

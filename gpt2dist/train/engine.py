@@ -10,6 +10,7 @@ weight, exp_avg, exp_avg_sq or ema. Saving and loading fragments works for every
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import math
@@ -26,7 +27,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils import cpp_extension
 
@@ -99,7 +99,8 @@ class Engine:
         self.clip = run.optim.grad_clip
         self.muon = run.optim.name == "muon"
         self.model_config = gpt2.GPT2Config.from_run(run)
-        shapes = gpt2.parameter_shapes(self.model_config)  # imports much of torch, which is not the engine's memory
+        shapes = gpt2.parameter_shapes(self.model_config)
+        importlib.import_module("torch._dynamo")  # which torch's optimizers do; it is not the engine's memory
         self.memory = MemoryPeak(device)
         self.control = dist.new_group(backend="gloo")  # small CPU collectives, whatever the backend is
         self.begin_step(run.batch.micro_batches)
@@ -403,13 +404,8 @@ def _zero_model(
 
     So no rank holds the weights in fp32 beside those that DeepSpeed needs, nor at stage 3 the whole model.
     """
-    hook = register_module_parameter_registration_hook(
-        lambda module, name, p: p if p.is_meta else nn.Parameter(p.to("meta"))  # type: ignore[arg-type]
-    )
-    try:
+    with torch.device("meta"):
         model = gpt2.GPT2(config)
-    finally:
-        hook.remove()
     partition = ds_config["zero_optimization"]["stage"] == 3
     zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config) if partition else None
     made: dict[int, nn.Parameter] = {}

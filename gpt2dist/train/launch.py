@@ -248,7 +248,7 @@ class TrainJob:
                 ],
             ),
             datasets={DATASET: placeholder},
-            dataset_config=ExactStream(run, StartStep(run.run_dir)),
+            dataset_config=ExactStream(run, rundir.StartStep(run.run_dir)),
         )
 
 
@@ -290,17 +290,6 @@ def ray_storage(scratch: UPath) -> dict[str, Any]:
     if is_local(scratch):
         return {"storage_path": str(scratch)}
     return {"storage_path": scratch.path, "storage_filesystem": PyFileSystem(FSSpecHandler(scratch.fs))}
-
-
-class StartStep:
-    """The step at which the newest attempt starts, as its rank 0 has logged it."""
-
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = run_dir
-
-    def __call__(self) -> int:
-        """Reads events.jsonl."""
-        return int([e for e in rundir.events_log(self.run_dir).read() if e["event"] == "start"][-1]["step"])
 
 
 class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]

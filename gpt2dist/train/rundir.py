@@ -84,6 +84,20 @@ def saved_step(run_dir: str) -> int:
     return 0
 
 
+class StartStep:
+    """The step at which the newest attempt starts, as its rank 0 has logged it.
+
+    Here, where torch is not imported: Ray Train's data manager unpickles it, and the workers wait for that.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def __call__(self) -> int:
+        """Reads events.jsonl."""
+        return int([e for e in events_log(self.run_dir).read() if e["event"] == "start"][-1]["step"])
+
+
 def request(run_dir: str, what: str) -> None:
     """Ask the worker group for `STOP` or `RESIZE`; a stop is never replaced."""
     if requested(run_dir) == STOP:
