@@ -20,7 +20,7 @@ def run_ranks(
     """function(*args) on every rank of a new process group; returns the results in order of rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.jobs"])  # DeepSpeed is imported once, not by every rank
+    context.set_forkserver_preload(["tests.distributed.jobs", "torch._dynamo"])  # imported once, not by every rank
     results = context.Queue()
     processes = [
         context.Process(target=_entry, args=(function, rank, world_size, args, str(rendezvous), results))
