@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -39,6 +39,8 @@ def _table(fields: Any) -> list[str]:
     for name, field in fields:
         default = "required" if field.default is PydanticUndefined else f"`{_toml(field.default)}`"
         meaning = " ".join(field.description.split()).replace("|", "\\|")
+        if get_origin(field.annotation) is Literal:
+            meaning += f" One of {', '.join(f'`{_toml(choice)}`' for choice in get_args(field.annotation))}."
         rows.append(f"| `{name}` | {default if default != '`unset`' else 'unset'} | {meaning} |")
     return rows
 

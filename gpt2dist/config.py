@@ -69,7 +69,7 @@ class ModelSection(Section):
     """[model] a preset, or layers, heads and width."""
 
     preset: Literal["", "tiny", "124M", "355M", "774M", "1558M"] = ""
-    """A published size of GPT-2, or `tiny`."""
+    """A published size of GPT-2, or `tiny` (2 layers, 2 heads, width 64)."""
     n_layer: int | None = Field(default=None, ge=1, le=10_000)
     """Transformer blocks."""
     n_head: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -147,7 +147,7 @@ class BatchSection(Section):
     micro_sequences: int = Field(default=8, ge=1)
     """Sequences of one micro-batch."""
     micro_batches: int = Field(default=1, ge=1)
-    """M: micro-batches of a step, shared among the workers."""
+    """M: micro-batches of a step, shared among the workers, of whom there may be no more."""
     warmup_steps: int = Field(default=0, ge=0)
     """M grows linearly over this many steps, from `initial_micro_batches`; 0: M from the start."""
     initial_micro_batches: int = Field(default=1, ge=1)
@@ -172,7 +172,8 @@ class TrainSection(Section):
     stop_at: int | None = Field(default=None, ge=1)
     """Stop here, saved, though the schedules go on to `steps`."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of forward and backward; master weights and Adam moments are always fp32."""
+    """Arithmetic of forward and backward; master weights and Adam moments are always fp32. fp16 needs zero_stage 1 to
+    3."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     activation_checkpointing: bool = False
@@ -183,9 +184,10 @@ class TrainSection(Section):
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on; takes a second bucket. Not with one worker."""
     offload_optimizer: bool = False
-    """Keep master weights and Adam moments in host memory, and update them there; changes nothing on CPU workers."""
+    """Keep master weights and Adam moments in host memory, and update them there; changes nothing on CPU workers. Needs
+    zero_stage 1 to 3."""
     offload_param: bool = False
-    """Keep the weights in host memory while they are not used; changes nothing on CPU workers."""
+    """Keep the weights in host memory while they are not used; changes nothing on CPU workers. Needs zero_stage 3."""
     compile: bool = False
     """torch.compile each block, on CUDA the loss's softmax too. Same losses to rounding, but other dropout masks; CPU
     workers need a C++ compiler."""
@@ -194,16 +196,16 @@ class TrainSection(Section):
     undisturbed one bit for bit."""
     max_skipped: int = Field(default=10, ge=1)
     """A step with non-finite gradients changes nothing but is counted; after this many in a row the run stops and names
-    their samples. In fp16 those that lower the loss scale do not count."""
+    their samples (with `rewind` it goes back instead). In fp16 those that lower the loss scale do not count."""
     nan_at: list[int] = []
     """Steps whose gradients are made NaN on purpose, to see what becomes of a run."""
     rewind: bool = False
-    """After `rewind_after` steps in a row whose loss is not finite or has jumped (`spike`), go back to the last
-    checkpoint before them and leave their samples out; events.jsonl names the documents."""
+    """After `rewind_after` steps in a row whose loss or gradients are not finite, or whose loss has jumped (`spike`),
+    go back to the last checkpoint before them and leave their samples out; events.jsonl names the documents."""
     rewind_after: int = Field(default=3, ge=1)
     """Bad steps in a row that are a divergence."""
     spike: float = Field(default=1.0, gt=0)
-    """A loss this far above the median of the last 100 steps, in nats, has jumped."""
+    """A loss this far above the median of the last 100 steps, in nats, has jumped; not before there are 10 of them."""
     max_rewinds: int = Field(default=5, ge=1)
     """A run that diverges once more than this stops, naming the samples."""
     initial_loss_scale: int = Field(default=2**16, ge=1, le=2**32)
@@ -256,9 +258,9 @@ class OptimSection(Section):
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=6e-5, ge=0)
-    """Learning rate at the end of the schedule (but for `constant`)."""
+    """Learning rate at the end of the schedule; `constant` does not look at it."""
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; step 0 has lr ÷ warmup_steps."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape after the warm-up: half a cosine or a line down to min_lr, `wsd` (constant, then a line for
     `decay_steps`), or constant."""
@@ -278,7 +280,7 @@ class OptimSection(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> OptimSection:
-        if self.min_lr > self.lr:
+        if self.min_lr > self.lr and self.schedule != "constant":
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(f'decay_steps is of schedule = "wsd" only, not of "{self.schedule}"')
@@ -311,12 +313,13 @@ class CheckpointSection(Section):
     background: bool = True
     """Write while training goes on; otherwise the run waits for every save."""
     retry_minutes: float = Field(default=10.0, ge=0)
-    """At the end of a run, try to save for this long if the storage is away or full; then exit code 1. Where a run
-    or its next worker group starts, the storage is waited for as long."""
+    """At the end of a run, try to save for this long if the storage is away or full; then exit code 1. Where the next
+    worker group starts, or a run whose directory is there, the storage is waited for as long."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints of every n-th step that are kept for ever; 0: none."""
+    """Save at every n-th step too, and keep these for ever; where such a save has to wait, the next one is kept. 0:
+    none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -338,13 +341,15 @@ class ClusterSection(Section):
     """[cluster] what the run asks Ray for."""
 
     workers: int | tuple[int, int] = 1
-    """Data-parallel workers (the world size), or [min, max]: as many as there are machines for at the time."""
+    """Data-parallel workers (the world size), or [min, max]: as many as there are machines for at the time; at most
+    batch.micro_batches."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs that Ray reserves for a worker; also its threads."""
     gpus_per_worker: float = Field(default=0, ge=0, le=1)
     """1 trains on CUDA with NCCL, 0 on the CPU with gloo."""
     accelerator: str = ""
-    """Train only on machines with these GPUs, by Ray's name (`A100`, `H100`, `L4`, …); by default on any."""
+    """Train only on machines with these GPUs, by Ray's name (`A100`, `H100`, `L4`, …); by default on any. Needs
+    gpus_per_worker = 1."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts of the worker group after failures in a row with no checkpoint between them; -1 is without limit.
     Machines that are taken away with notice do not count."""

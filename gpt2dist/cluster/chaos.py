@@ -25,7 +25,7 @@ import psutil
 from gpt2dist.cluster.local import LocalCluster, Node
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.mixture import Mixture
-from gpt2dist.storage import is_local, location
+from gpt2dist.storage import is_local, location, remove_tree
 from gpt2dist.train import checkpoint, ledger, rundir
 
 POLL_S = 0.2
@@ -301,22 +301,19 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
             "cluster.gpus_per_worker, cluster.accelerator: chaos makes nodes of CPUs on this machine; "
             "--set cluster.gpus_per_worker=0 --set cluster.accelerator="
         )
-    plan = schedule(faults, run.stop_step, seed)
-    spoilt = [step for step, fault in plan if fault == NAN]
-    plan = [(step, fault) for step, fault in plan if fault != NAN]
-    run = run.model_copy(update={"train": run.train.model_copy(update={"nan_at": spoilt})})
-    reference, broken = (prepared(run, name) for name in ("undisturbed", "chaos"))
-    for part in (reference, broken):
-        if location(part.run_dir).exists():
-            raise UserError(f"{part.run_dir}: is there already; remove it, or choose another name")
-    with arena(reference, say) as quiet:
-        say(f"the undisturbed run, in {reference.run_dir}")
-        quiet.start()
-        while not quiet.ended():
-            if quiet.driver and (quiet.driver.poll() or 0) < 0:
-                raise ChaosError(f"`train` was killed by signal {-quiet.driver.returncode}; memory?")
-            time.sleep(POLL_S)
-    check_length(reference, plan)
+    for part in ("undisturbed", "chaos"):
+        if location(path := prepared(run, part).run_dir).exists():
+            raise UserError(f"{path}: is there already; remove it, or choose another name")
+    run, plan, spoilt = with_faults(run, faults, seed)
+    reference = undisturbed(run, say)
+    if (steps := steps_needed(reference, plan)) > run.stop_step:
+        say(f"its steps are too short for the faults: once more, with {steps:,} steps in place of {run.stop_step:,}")
+        remove_tree(location(reference.run_dir))
+        run, plan, spoilt = with_faults(longer(run, steps), faults, seed)
+        reference = undisturbed(run, say)
+        if (steps := steps_needed(reference, plan)) > run.stop_step:
+            raise ChaosError(f"the steps are too short for the faults: set train.steps to {steps:,} or more")
+    broken = prepared(run, "chaos")
     with arena(broken, say) as a:
         say(f"the run with faults, in {broken.run_dir}")
         injected = inject(a, plan, random.Random(f"victims/{seed}"))
@@ -324,18 +321,46 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
     return judge(reference, broken, sorted([*injected, *skipped], key=lambda i: i.step))
 
 
-def check_length(reference: RunConfig, plan: list[tuple[int, str]]) -> None:
-    """Raises `ChaosError` where the steps after a fault's take less time than it is in force."""
+def with_faults(run: RunConfig, faults: list[str], seed: int) -> tuple[RunConfig, list[tuple[int, str]], list[int]]:
+    """The run with its bad gradients, the faults from outside and their steps, and the steps of bad gradients."""
+    plan = schedule(faults, run.stop_step, seed)
+    spoilt = [step for step, fault in plan if fault == NAN]
+    run = run.model_copy(update={"train": run.train.model_copy(update={"nan_at": spoilt})})
+    return run, [(step, fault) for step, fault in plan if fault != NAN], spoilt
+
+
+def longer(run: RunConfig, steps: int) -> RunConfig:
+    """The run with that many steps."""
+    length = {"stop_at": steps, "steps": max(steps, run.train.steps)} if run.train.stop_at else {"steps": steps}
+    return run.model_copy(update={"train": run.train.model_copy(update=length)})
+
+
+def undisturbed(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
+    """Train the run in peace; returns it as it ran.
+
+    Raises:
+        ChaosError: it ended with an error.
+    """
+    reference = prepared(run, "undisturbed")
+    with arena(reference, say) as quiet:
+        say(f"the undisturbed run, in {reference.run_dir}")
+        quiet.start()
+        while not quiet.ended():
+            if quiet.driver and (quiet.driver.poll() or 0) < 0:
+                raise ChaosError(f"`train` was killed by signal {-quiet.driver.returncode}; memory?")
+            time.sleep(POLL_S)
+    return reference
+
+
+def steps_needed(reference: RunConfig, plan: list[tuple[int, str]]) -> int:
+    """Steps of a run in which all faults have their time: those that it has where these take as long as faults last."""
     took = [row["step_s"] for row in rundir.metrics_log(reference.run_dir).read()]
-    needed = 0.0
+    needed, steps = 0.0, len(took)
     for step, fault in reversed(plan):
         needed += IN_FORCE_S.get(fault, 0.0)
         if (left := sum(took[step:])) < needed:
-            steps = math.ceil(len(took) * 1.5 * needed / left)
-            raise ChaosError(
-                f"{fault} at step {step}: the faults from there on last {needed:.0f} s, the steps {left:.0f} s: set "
-                f"train.steps to {steps:,} or more"
-            )
+            steps = max(steps, math.ceil(len(took) * 1.5 * needed / left))
+    return steps
 
 
 def prepared(run: RunConfig, suffix: str) -> RunConfig:

@@ -126,7 +126,11 @@ def _prompt_lines(file: str) -> list[str]:
 @click.option("--data", metavar="DIR", help="A prepared data set; by default the run's own.")
 @click.option("--split", default="val", show_default=True, type=click.Choice(["val", "train"]), help="Which part.")
 @click.option("--batches", type=click.IntRange(min=1), help="Of a fixed random order; by default the whole split.")
-@click.option("--batch", type=click.IntRange(min=1), help="Sequences computed together.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Sequences computed together; by default the run's micro_sequences, else 4096 tokens' worth.",
+)
 @click.option("--seq-len", type=click.IntRange(min=1), help="By default the run's, else the model's n_positions.")
 @click.option("--workers", type=click.IntRange(min=1), help="Share the work among Ray Train workers.")
 @address_option

@@ -43,7 +43,7 @@ IDLE_S = 3.0
 def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str | None, dry_run: bool) -> None:
     """Train the run of RUN_FILE, or go on with it where it stopped.
 
-    Ctrl-C or SIGTERM saves and ends; a second one ends at once.
+    Ctrl-C, SIGTERM or SIGHUP saves and ends; a second one ends at once.
 
     \b
     Example:

@@ -166,14 +166,15 @@ def _is_left(checkpoint: Checkpoint, rewinds: list[dict[str, Any]]) -> bool:
 
 
 def prune(run_dir: str, keep: int, keep_every: int, clean: int) -> list[int]:
-    """Delete all but the newest `keep` checkpoints, the newest up to `clean`, and every `keep_every`-th step.
+    """Delete all but the newest `keep` checkpoints, the newest up to `clean`, and one of each `keep_every` steps.
 
     Returns the deleted steps.
     Directories without an index, of saves that failed, go too where they are older than the newest checkpoint.
     """
     committed = sorted(step for step, path in _directories(run_dir) if exists(path / INDEX))
     kept = {*committed[-keep:], *[s for s in committed if s <= clean][-1:]}
-    kept |= {s for s in committed if keep_every and s % keep_every == 0}
+    if keep_every:  # the first from each multiple on: a save that has to wait for another one comes a little later
+        kept |= set({s // keep_every: s for s in reversed(committed) if s >= keep_every}.values())
     gone = [(s, path) for s, path in _directories(run_dir) if committed and s < committed[-1] and s not in kept]
     for _, path in gone:
         _remove_checkpoint(path)

@@ -42,7 +42,7 @@ class SaveTimes:
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` steps; stays so until `begun`."""
-        if self.config.every_steps and step % self.config.every_steps == 0:
+        if any(n and step % n == 0 for n in (self.config.every_steps, self.config.keep_every)):
             self._asked = True
         now = time.monotonic()
         by_time = 0 < self.interval <= now - self._began

@@ -71,12 +71,14 @@ def test_the_schedule_depends_on_the_seed_alone() -> None:
     assert len({tuple(chaos.schedule(faults, 100, seed)) for seed in range(10)}) > 5
 
 
-def test_a_run_too_short_for_its_faults_is_told_so(tmp_path: Path) -> None:
+def test_how_long_a_run_has_to_be_for_its_faults(tmp_path: Path) -> None:
     run = tiny_run(storage=str(tmp_path), train__steps=100)
     rundir.metrics_log(run.run_dir).append(*({"step": step, "step_s": 0.1} for step in range(100)))
-    chaos.check_length(run, [(50, "kill-worker"), (90, "storage-away")])
-    with pytest.raises(chaos.ChaosError, match=r"drain-node at step 60: .* last 20 s, the steps 4 s: .* to 750 or"):
-        chaos.check_length(run, [(50, "kill-worker"), (60, "drain-node")])
+    assert chaos.steps_needed(run, [(50, "kill-worker"), (90, "storage-away")]) == 100
+    assert chaos.steps_needed(run, [(50, "kill-worker"), (60, "drain-node")]) == 750  # 1.5 × 20 s ÷ 4 s
+    assert chaos.longer(run, 750).stop_step == 750
+    part = chaos.longer(tiny_run(train__steps=100, train__stop_at=50), 90)
+    assert (part.train.steps, part.stop_step) == (100, 90)
 
 
 def test_what_cannot_be_broken_is_refused(make_data: Callable[..., str], tmp_path: Path) -> None:

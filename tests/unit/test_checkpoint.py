@@ -88,6 +88,16 @@ def test_retention(tmp_path: Path) -> None:
     assert not dead.parent.exists()
 
 
+def test_retention_keeps_the_first_from_each_multiple_on(tmp_path: Path) -> None:
+    """A save at a multiple may have had to wait for another one."""
+    deleted = []
+    for step in (2, 6, 8, 10, 13, 17):
+        save(tmp_path, step)
+        deleted += checkpoint.prune(str(tmp_path), keep=1, keep_every=5, clean=step)
+    assert deleted == [2, 8, 13]
+    assert [c.index.step for c in checkpoint.committed(str(tmp_path)) if isinstance(c, Checkpoint)] == [17, 10, 6]
+
+
 def test_retention_leaves_unfinished_newer_directories(tmp_path: Path) -> None:
     save(tmp_path, 4)
     being_written = checkpoint.step_directory(str(tmp_path), 8)

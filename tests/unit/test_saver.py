@@ -256,6 +256,12 @@ def test_by_steps(saver: Saver, clock: Clock) -> None:
     assert due == [3, 6, 9]
 
 
+def test_what_is_kept_for_ever_is_saved(saver: Saver, clock: Clock) -> None:
+    """The job files have keep_every with the automatic interval, which knows nothing of steps."""
+    t = times(saver, keep_every=4)
+    assert [n for n in range(1, 10) if t.due(n) and not t.begun()] == [4, 8]
+
+
 def test_a_save_that_was_put_off_stays_due(saver: Saver, clock: Clock) -> None:
     t = times(saver, every_steps=3)
     assert [t.due(n) for n in range(1, 6)] == [False, False, True, True, True]
