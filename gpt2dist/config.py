@@ -202,7 +202,7 @@ class TrainSection(Section):
     rewind: bool = False
     """After `rewind_after` steps in a row whose loss or gradients are not finite, or whose loss has jumped (`spike`),
     go back to the last checkpoint before them and leave their samples out; events.jsonl names the documents."""
-    rewind_after: int = Field(default=3, ge=1)
+    rewind_after: int = Field(default=3, ge=1, le=10_000)
     """Bad steps in a row that are a divergence."""
     spike: float = Field(default=1.0, gt=0)
     """A loss this far above the median of the last 100 steps, in nats, has jumped; not before there are 10 of them."""

@@ -229,6 +229,16 @@ def committed(run_dir: str) -> Iterator[Checkpoint | BadCheckpoint]:
             yield e
 
 
+def is_there_up_to(run_dir: str, step: int) -> bool:
+    """Whether there is a checkpoint of this step or of one before, with files of the right size."""
+    for found in committed(run_dir):
+        if isinstance(found, Checkpoint) and found.index.step <= step:
+            with contextlib.suppress(BadCheckpoint):
+                check_sizes(found)
+                return True
+    return False
+
+
 def newest(run_dir: str) -> Checkpoint | None:
     """The newest checkpoint with a readable index and files of the right size; None if there never was one.
 

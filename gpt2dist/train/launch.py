@@ -54,7 +54,7 @@ class TrainJob:
         self.run = run.absolute().for_record()
         self._events = rundir.events_log(self.run.run_dir)
         rundir.withdraw(self.run.run_dir)
-        reservation.release(self._events.read())
+        reservation.release(self.run.run_dir, self._events.read())
         self._resolve()
         changed = [change.to_json() for change in changes]
         self._events.append({"time": time.time(), "event": "launch", "began": began, "changes": changed})
@@ -153,7 +153,7 @@ class TrainJob:
                     cause = end.removeprefix(GIVEN_UP)
                     self._events.try_append({"time": time.time(), "event": "failure", "cause": cause})
                     raise TrainingFailed(cause)
-                if end in ("finished", "stopped"):
+                if end in ("finished", "stopped") or self.stopping:  # all is saved
                     return
                 failures = 0
             self._wait_to_resolve()  # a group may have failed, too, after it had logged a rewind

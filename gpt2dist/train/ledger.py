@@ -105,6 +105,9 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
 
     order = SampleOrder(run, data)
     lines = [line for line in lines if line["step"] < committed_step]
+    # What an attempt wrote late, when the next one had begun before that step, was not kept.
+    kept = {line["step"]: line["attempt"] for line in sorted(lines, key=lambda line: int(line["attempt"]))}
+    lines = [line for line in lines if line["attempt"] == kept[line["step"]]]
     ours = (order_id(run.model_dump(mode="json"), data.fingerprint), data.fingerprint)  # the second: of older versions
     right: set[int] = set()
     elsewhere: set[int] = set()

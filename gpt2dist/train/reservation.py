@@ -37,7 +37,7 @@ class ReservationLog(ControllerCallback):  # type: ignore[misc]
     def after_controller_start(self, train_run_context: Any) -> None:
         """Ray Train calls this once for each worker group."""
         requester = f"train-{train_run_context.run_id}"
-        event = {"time": time.time(), "event": "reservation", "requester": requester}
+        event = {"time": time.time(), "event": "reservation", "requester": requester, "run_dir": self.run_dir}
         rundir.events_log(self.run_dir).try_append(event)
 
 
@@ -86,11 +86,15 @@ def remove_groups() -> None:
         print(f"the room of the last worker group is not given back yet: {type(e).__name__}", flush=True)
 
 
-def release(events: list[dict[str, Any]]) -> None:
-    """Give back what the last command of a run has reserved; that command has ended. Ray must be initialized."""
+def release(run_dir: str, events: list[dict[str, Any]]) -> None:
+    """Give back what the last command of a run has reserved; that command has ended. Ray must be initialized.
+
+    In a copy of a run directory the events are of another run, which may be at work.
+    """
     starts = [i for i, event in enumerate(events) if event["event"] == "launch"]
     last = events[starts[-1] :] if starts else []
-    requesters = [event["requester"] for event in last if event["event"] == "reservation"]
+    own = [e for e in last if e["event"] == "reservation" and e.get("run_dir", run_dir) == run_dir]
+    requesters = [event["requester"] for event in own]
     if not requesters:
         return
     try:

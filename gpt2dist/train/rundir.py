@@ -72,9 +72,8 @@ def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
     return run.model_copy(update={"data": run.data.model_copy(update={"skip": skip})})
 
 
-def saved_step(run_dir: str) -> int:
-    """Step of the newest checkpoint that events.jsonl knows of, so that one which is gone is missed; 0: of none."""
-    last = float("inf")
+def saved_step(run_dir: str, last: float = float("inf")) -> int:
+    """Step of the newest checkpoint, up to `last`, that events.jsonl knows of, also where it is gone; 0: of none."""
     for event in reversed(events_log(run_dir).read()):
         step = event.get("step")
         if event["event"] in ("commit", "start") and type(step) is int and step <= last:
@@ -114,7 +113,7 @@ def request(run_dir: str, what: str) -> None:
 def requested(run_dir: str) -> str:
     """`STOP`, `RESIZE`, or nothing."""
     try:
-        text = read_bytes(location(run_dir) / REQUEST_FILE).decode()
+        text = read_bytes(location(run_dir) / REQUEST_FILE).decode(errors="replace")
     except FileNotFoundError:
         return ""
     return text if text == RESIZE else STOP  # also a file that a person has made by hand

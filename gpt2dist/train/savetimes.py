@@ -16,6 +16,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 RECENT_SAVES, RECENT_STEPS = 5, 50
 """From which the cost of a save is estimated."""
 
+LONGEST_GAP_S = 86400.0
+
 
 class SaveTimes:
     """Rank 0's clock. `due` is asked after every step."""
@@ -105,10 +107,13 @@ class SaveTimes:
 
 
 def running_seconds(events: list[dict[str, Any]]) -> float:
-    """Seconds in which some attempt was under way, to the precision of the events' times."""
+    """Seconds in which some attempt was under way, to the precision of the events' times.
+
+    Two events of an attempt are less than a day apart: else somebody has set the clock.
+    """
     total, last = 0.0, None
     for event in sorted(events, key=lambda e: float(e["time"])):  # on an object store each writer has its own
         if last is not None and event["event"] != "launch":
-            total += max(0.0, event["time"] - last)
+            total += min(max(0.0, event["time"] - last), LONGEST_GAP_S)
         last = None if event["event"] in ("launch", "end", "failure") else event["time"]
     return total

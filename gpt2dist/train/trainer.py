@@ -29,7 +29,7 @@ from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
-from gpt2dist.train.divergence import Divergence
+from gpt2dist.train.divergence import WINDOW, Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.fragment import EMA
 from gpt2dist.train.index import Index
@@ -48,8 +48,8 @@ COLLECT_EVERY = 50
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
-LATEST_BYTES = 1 << 17
-"""Of metrics.jsonl: well over as many steps as a loss is held against."""
+LATEST_BYTES, LINE_BYTES = 1 << 17, 1024
+"""Of metrics.jsonl: well over as many steps as a loss is held against; more than a line has."""
 NAMED_DOCUMENTS = 1000
 """Of a divergence, in events.jsonl."""
 
@@ -103,6 +103,8 @@ class Wishes:
     """Ranks that are still writing."""
     failed: float = 0.0
     """Ranks that could not write."""
+    hurry: float = 0.0
+    """The machine goes before an evaluation would be over."""
 
 
 class Trainer:
@@ -123,6 +125,7 @@ class Trainer:
         self.next_ask = 0.0
         self.notice: Notice | None = None
         self.leave_at = float("inf")
+        self.eval_seconds = 0.0  # of the last one
         self.saved_step = -1
         self.ledger_end = 0  # steps that have a line
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
@@ -157,16 +160,18 @@ class Trainer:
             if self.step == 0 and every:
                 start = time.perf_counter()
                 loss = self.evaluate()
-                self._event("eval", step=0, val_loss=loss, seconds=time.perf_counter() - start)
+                self.eval_seconds = time.perf_counter() - start
+                self._event("eval", step=0, val_loss=loss, seconds=self.eval_seconds)
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
         end: End = "finished"
         while self.step < run.stop_step:
             self.profile.before(self.step)
             metrics, wishes = self.train_step(batches)
-            if every and (self.step % every == 0 or self.step == run.train.steps):
+            if every and (self.step == run.train.steps or (self.step % every == 0 and not wishes.hurry)):
                 start = time.perf_counter()
                 metrics |= {"val_loss": self.evaluate(), "eval_s": time.perf_counter() - start}
+                self.eval_seconds = metrics["eval_s"]
             self._alive()
             self._log(metrics)
             if self._diverged(metrics):
@@ -178,7 +183,7 @@ class Trainer:
             if self.step % COLLECT_EVERY == 0:
                 gc.collect()
             if wishes.stop or wishes.leave:
-                end = "preempted" if wishes.leave else "resized" if wishes.stop > 1 else "stopped"
+                end = "stopped" if wishes.stop == 1 else "preempted" if wishes.leave else "resized"
                 break
         self.save()
         self.profile.close(self.step)
@@ -310,7 +315,7 @@ class Trainer:
 
     def _load(self, step: int) -> str:
         """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
-        problem = ""
+        problem, found = "", None
         try:
             found = checkpoint.open_step(self.run.run_dir, step)
             checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
@@ -319,7 +324,8 @@ class Trainer:
         except (BadCheckpoint, Misfit) as e:
             problem = str(e)
         if problems := [p for p in self.engine.gather_objects(problem) if p]:
-            return str(problems[0])
+            return self._damage(step, problems[0])
+        assert found is not None
         self.engine.state_changed()
         self.engine.load_scalars(found.index.scalars)
         self.step = self.saved_step = self.ledger_end = step
@@ -328,6 +334,25 @@ class Trainer:
             self._event("ema_started", step=step)
         self._log_change(found.index)
         return ""
+
+    def _damage(self, step: int, problem: str) -> str:
+        """What rank 0 finds wrong with a checkpoint that some rank could not load: it may delete it. A collective.
+
+        Raises:
+            StorageError: nothing: the other machine sees another storage, or an older view of it.
+        """
+        seen = problem
+        if self.rank == 0:
+            try:
+                found = checkpoint.open_step(self.run.run_dir, step)
+                checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
+                checkpoint.verify(found)
+                seen = ""
+            except (BadCheckpoint, Misfit) as e:
+                seen = str(e)
+        if not (seen := self._agree(seen)):
+            raise StorageError(f"{problem}; but another machine finds it whole: is the storage shared, and up to date?")
+        return str(seen)
 
     def save(self) -> None:
         """Wait until the state of the current step is committed. A collective.
@@ -454,7 +479,8 @@ class Trainer:
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
         train = self.run.train
-        before = self.metrics.tail(LATEST_BYTES) if self.rank == 0 and train.rewind else []
+        latest = max(LATEST_BYTES, LINE_BYTES * (WINDOW + train.rewind_after))
+        before = self.metrics.tail(latest, parts=2) if self.rank == 0 and train.rewind else []
         self.divergence = Divergence(train.spike, train.rewind_after)
         for loss, applied in self._agree([(row["loss"], is_applied(row)) for row in before]):
             self.divergence.add(loss, applied)
@@ -490,31 +516,39 @@ class Trainer:
         if not self.divergence.add(metrics["loss"], applied=not bad):
             return False
         self._note(self.saver.finish(self._alive))
-        first = self.step - train.rewind_after
+        first = self.step - self.divergence.bad
         numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
         ranges = list(positions(*numbers, self.run.data.skip))
-        again = self._agree(self.rank == 0 and len(rundir.rewinds(self.events.read())) >= train.max_rewinds)
+        why_not = self._agree(self._no_rewind(first) if self.rank == 0 else "")
         if self.rank == 0:
             self._flush()
             ids = SampleOrder(self.run, self.data).samples(*numbers)
             split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
             self._event(
-                "diverged" if again else "rewind",
+                "diverged" if why_not else "rewind",
                 attempt=self.attempt,
                 steps=[first, self.step],
-                losses=[row["loss"] for row in self.metrics.tail()[-train.rewind_after :]],
+                losses=[row["loss"] for row in self.metrics.tail()[first - self.step :]],
                 positions=ranges,
                 samples=ids.tolist(),
                 documents=documents_of(split, ids, NAMED_DOCUMENTS),
             )
             self.events.sync()
         self.engine.barrier()
-        if again:
+        if why_not:
             raise Diverged(
-                f"the loss diverged again in steps {first} to {self.step - 1} after {train.max_rewinds} rewinds "
+                f"the loss diverged in steps {first} to {self.step - 1}, and {why_not} "
                 "(their samples are in events.jsonl)"
             )
         return True
+
+    def _no_rewind(self, first: int) -> str:
+        """Why the group does not go back to before step `first`; nothing where it does."""
+        if (done := len(rundir.rewinds(self.events.read()))) >= self.run.train.max_rewinds:
+            return f"{done} rewinds have not helped"
+        if rundir.saved_step(self.run.run_dir, first) and not checkpoint.is_there_up_to(self.run.run_dir, first):
+            return "no checkpoint before them is left to go back to"
+        return ""
 
     def _give_up(self) -> None:
         """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
@@ -539,8 +573,8 @@ class Trainer:
     def _wishes(self) -> list[float]:
         """This rank's part of `Wishes`; rank 0 speaks for all, but each has its own save."""
         if self.rank:
-            return [0.0, 0.0, 0.0, 0.0, *self.saver.status()]
-        now = time.time()
+            return [0.0, 0.0, 0.0, 0.0, *self.saver.status(), 0.0]
+        now = time.monotonic()
         ask = now >= self.next_ask
         in_time = now + self.saver.estimate(self.saver.bytes) <= self.leave_at  # else the last save would wait for it
         return [
@@ -549,6 +583,7 @@ class Trainer:
             float(in_time and self.times.due(self.step + 1)),
             float(ask),
             *self.saver.status(),
+            float(now + self.eval_seconds > self.leave_at),
         ]
 
     def _request(self) -> float:
@@ -556,7 +591,7 @@ class Trainer:
 
     def _look_for_notice(self, step_seconds: float) -> None:
         """Ask for a preemption notice; on a new one, decide what is still worth doing. A collective."""
-        self.next_ask = time.time() + NOTICE_POLL_S
+        self.next_ask = time.monotonic() + NOTICE_POLL_S
         notice = self.ask_notice()
         if notice is None or notice == self.notice:
             return
@@ -566,7 +601,8 @@ class Trainer:
         now = time.time()
         need = self.saver.estimate(self.saver.bytes)
         what = plan(notice, now, need, step_seconds)
-        self.leave_at = what.leave_at if what.action != "lost" else float("inf")
+        # By a clock that nobody sets meanwhile.
+        self.leave_at = time.monotonic() + what.leave_at - now if what.action != "lost" else float("inf")
         if what.action == "save":
             self.times.ask()
         self._event(

@@ -62,7 +62,9 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        """Stacks of this rank and of its neighbours, an event, the end."""
+        """Stacks of this rank and of its neighbours, an event, the end; also where the storage never answers."""
+        patience = GATHER_S + PY_SPY_S * (1 + len(self.neighbours))
+        threading.Thread(target=self._leave, args=(patience,), name="watchdog-end", daemon=True).start()
         with contextlib.suppress(OSError, StorageError):  # the storage may be what hangs or is full
             self._write(self.rank, _own_stacks())
         with contextlib.suppress(OSError, StorageError):
@@ -72,7 +74,10 @@ class Watchdog:
         for rank, pid in silent.items():  # the others write their own
             with contextlib.suppress(OSError, StorageError):
                 self._write(rank, _stacks_of(pid))
-        time.sleep(GATHER_S)
+        self._leave(GATHER_S)
+
+    def _leave(self, after: float) -> None:
+        time.sleep(after)
         for pid in self.neighbours.values():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

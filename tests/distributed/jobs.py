@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch, local_blocks, split_blocks
 from gpt2dist.model import gpt2
+from gpt2dist.storage import StorageError
 from gpt2dist.train import rundir
 from gpt2dist.train.checkpoint import newest
 from gpt2dist.train.engine import Engine
+from gpt2dist.train.notice import Notice
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.trainer import Diverged, Trainer
 
@@ -183,6 +186,44 @@ def train_with_bad_samples(run: RunConfig, bad: list[int]) -> list[str]:
         trainer.close()
         engine.close()
     return ends
+
+
+def restore_from_views(run: RunConfig, storages: list[str]) -> str:
+    """Restore where each rank sees a storage of its own; what came of it."""
+    engine = Engine(run, torch.device("cpu"))
+    trainer = Trainer(run.model_copy(update={"storage": storages[engine.rank]}), engine)
+    try:
+        trainer.restore()
+        return f"step {trainer.step}"
+    except StorageError as e:
+        return str(e)
+    finally:
+        engine.close()
+
+
+def train_on_a_leaving_machine(run: RunConfig, notice_at: int, seconds_left: float, evaluation_s: float) -> str:
+    """A step takes 0.2 s, an evaluation `evaluation_s`; the machine goes `seconds_left` after step `notice_at`."""
+    engine = Engine(run, torch.device("cpu"))
+    given: list[Notice] = []
+
+    def notice() -> Notice | None:
+        if trainer.step >= notice_at and not given:
+            given.append(Notice(time.time() + seconds_left, (0,)))
+        return given[0] if given else None
+
+    def evaluate() -> float:
+        time.sleep(evaluation_s)
+        return 0.0
+
+    trainer = Trainer(run, engine, notice)
+    trainer.restore()
+    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    blocks = local_blocks(run, 0, 1, 0)
+    batches = (time.sleep(0.2) or batch for batch in split_blocks(blocks, run, 0, 1, 0))  # type: ignore[func-returns-value]
+    end = trainer.train(batches)
+    trainer.close()
+    engine.close()
+    return end
 
 
 def is_outdated(run: RunConfig) -> bool:

@@ -13,7 +13,7 @@ from gpt2dist.config import RunConfig
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.checkpoint import Checkpoint
 from tests.conftest import tiny_run
-from tests.distributed import saves
+from tests.distributed import jobs, saves
 from tests.distributed.test_engine import logged
 from tests.unit.test_checkpoint import flip
 
@@ -132,3 +132,28 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_an_older_one(
     reasons = [e["reason"] for e in rundir.events_log(run.run_dir).read() if e["event"] == "bad_checkpoint"]
     assert "content differs from its sha256" in reasons[0]
     assert "does not fit the checkpoint" in reasons[1]
+
+
+@pytest.mark.timeout(180)
+def test_what_another_machine_does_not_see_is_not_deleted(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    """The second worker's machine has an older view of the storage."""
+    changes: dict[str, Any] = {"data__path": make_data([3000]), "eval__every_steps": 0}
+    run, stale = (tiny_run(storage=str(tmp_path / view), train__stop_at=4, **changes) for view in ("now", "before"))
+    ranks(saves.train_all, 1, [(run, saves.none)])
+    shutil.copytree(run.run_dir, stale.run_dir)
+    later = tiny_run(storage=run.storage, train__stop_at=8, **changes)
+    ranks(saves.train_all, 1, [(later, saves.none)])
+    run = tiny_run(storage=run.storage, **changes)
+    problems = ranks(jobs.restore_from_views, 2, run, [run.storage, stale.storage])
+    missing = Path(checkpoint.step_directory(stale.run_dir, 8)) / "index.json"
+    assert (
+        problems
+        == [
+            f"{missing}: missing, or not a plain file; but another machine finds it whole: is the storage "
+            "shared, and up to date?"
+        ]
+        * 2
+    )
+    assert [c.index.step for c in checkpoint.committed(run.run_dir) if isinstance(c, Checkpoint)] == [8, 4]

@@ -12,7 +12,7 @@ from gpt2dist.config import UserError
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
 from gpt2dist.train import ledger, rundir
-from gpt2dist.train.checkpoint import newest
+from gpt2dist.train.checkpoint import Checkpoint, committed, newest
 from gpt2dist.train.preflight import preflight
 from tests.conftest import tiny_run
 from tests.distributed import jobs
@@ -86,7 +86,24 @@ def test_a_run_that_diverges_everywhere_stops(ranks: Ranks, make_data: Callable[
     changes = {"train__rewind": True, "train__max_rewinds": 1, "train__steps": 20}
     run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), **changes)
     (ends, _) = ranks(jobs.train_with_bad_samples, 2, run, list(range(1000)))
-    message = "the loss diverged again in steps 0 to 2 after 1 rewinds (their samples are in events.jsonl)"
+    message = "the loss diverged in steps 0 to 2, and 1 rewinds have not helped (their samples are in events.jsonl)"
     assert ends == ["rewound", message]
     (last,) = [e for e in rundir.events_log(run.run_dir).read() if e["event"] == "diverged"]
     assert (last["steps"], len(last["samples"])) == ([0, 3], 24)
+
+
+@pytest.mark.timeout(180)
+def test_a_rewind_that_leads_nowhere_deletes_nothing(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    """Rewinds are switched on after the checkpoints of the good steps have gone."""
+    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "train__steps": 20, "eval__every_steps": 0}
+    changes["checkpoint__every_steps"] = 2
+    run = tiny_run(train__stop_at=14, **changes)
+    bad = SampleOrder(run, Mixture.open(run)).samples(8 * 8, 20 * 8).tolist()
+    assert ranks(jobs.train_with_bad_samples, 1, run, bad)[0] == ["stopped"]
+    again = tiny_run(train__rewind=True, **changes)
+    for steps in ("8 to 14", "8 to 14"):  # the same command again comes to the same end
+        (message,) = ranks(jobs.train_with_bad_samples, 1, again, bad)[0]
+        assert message.startswith(f"the loss diverged in steps {steps}, and no checkpoint before them is left")
+        assert [c.index.step for c in committed(run.run_dir) if isinstance(c, Checkpoint)] == [14, 12]

@@ -13,7 +13,7 @@ from gpt2dist.data.mixture import Mixture
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import Checkpoint
 from tests.conftest import tiny_run
-from tests.distributed import saves
+from tests.distributed import jobs, saves
 from tests.distributed.test_engine import logged
 
 Ranks = Callable[..., list[Any]]
@@ -149,3 +149,18 @@ def test_storage_that_is_not_shared_is_told(ranks: Ranks, make_data: Callable[..
     assert "rank-00001.safetensors: missing" in first["end"]
     assert "do all workers write to the same storage?" in first["end"]
     assert first["end"].endswith("; there is no checkpoint")
+
+
+@pytest.mark.timeout(180)
+def test_no_evaluation_holds_up_the_last_save(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """It would be over after the machine has gone; where there is time for it, it is made."""
+    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "eval__every_steps": 5}
+    changes |= {"checkpoint__every_steps": 3, "batch__micro_batches": 1, "cluster__workers": 1}
+    ends = {}
+    for seconds_left, steps, evaluated in ((4.5, 60, [5]), (60.0, 12, [5, 10, 12])):
+        run = tiny_run(name=f"left-{seconds_left}", train__steps=steps, **changes)
+        (ends[seconds_left],) = ranks(jobs.train_on_a_leaving_machine, 1, run, 6, seconds_left, 3.0)
+        rows = rundir.metrics_log(run.run_dir).read()
+        assert [row["step"] + 1 for row in rows if "val_loss" in row] == evaluated
+        assert max(saved(run)) == len(rows)
+    assert ends == {4.5: "preempted", 60.0: "finished"}

@@ -53,7 +53,8 @@ def test_room_of_a_dead_driver_is_given_back() -> None:
         {"event": "launch"},
         {"event": "reservation", "requester": "train-of-an-earlier-command"},
         {"event": "launch"},
-        {"event": "reservation", "requester": "train-dead"},
+        {"event": "reservation", "requester": "train-dead", "run_dir": "runs/run"},
+        {"event": "reservation", "requester": "train-of-another-run", "run_dir": "runs/of-which-this-is-a-copy"},
     ]
 
     def reserved(name: str) -> float:
@@ -61,10 +62,10 @@ def test_room_of_a_dead_driver_is_given_back() -> None:
         return float(sum(node.get("CPU", 0) for node in nodes))
 
     with ray_session(4, 0, None):
-        reservation.release(events)  # no coordinator yet
+        reservation.release("runs/run", events)  # no coordinator yet
         for name in ("train-dead", "train-of-another-run"):
             TrainAutoscalingCoordinatorClient(name).send_resource_request(ScalingConfig(num_workers=1), 1)
             assert reserved(name) == 1
-        reservation.release(events)
+        reservation.release("runs/run", events)
         assert reserved("train-of-another-run") == 1
         assert reserved("train-dead") == 0

@@ -55,6 +55,12 @@ def test_duplicate(run: RunConfig) -> None:
     assert (found.gaps, found.duplicates, found.clean) == (0, 8, False)
 
 
+def test_what_a_superseded_attempt_wrote_late_was_not_kept(run: RunConfig) -> None:
+    lines = ledger_of(run)
+    late = [line | {"attempt": 1} for line in lines[5:8]]  # of the second attempt, which began at step 5
+    assert result(run, [*lines[:6], *late, *lines[6:]]) == result(run, lines)
+
+
 def test_other_samples_than_the_order_says(run: RunConfig) -> None:
     lines = ledger_of(run)
     lines[3]["samples_sha256"] = lines[4]["samples_sha256"]

@@ -409,6 +409,11 @@ def test_seconds_under_way() -> None:
     assert running_seconds([]) == 0
 
 
+def test_a_clock_that_is_set_while_a_run_is_under_way() -> None:
+    events = [{"event": "launch", "time": 60.0}, {"event": "start", "time": 70.0}, {"event": "commit", "time": 1.8e9}]
+    assert running_seconds(events) == 86_400
+
+
 # ---------------------------------------------------------------------- notices
 
 
