@@ -465,7 +465,8 @@ class RunConfig(Section):
 
     def absolute(self) -> RunConfig:
         """The same run with absolute local paths, for processes with other working directories."""
-        prepare = self.prepare.model_copy(update={"output": absolute(self.prepare.output)})
+        p = self.prepare
+        prepare = p.model_copy(update={"output": absolute(p.output), "vocab_dir": absolute(p.vocab_dir)})
         paths = {absolute(path): weight for path, weight in self.data_paths.items()}
         path = paths if len(paths) > 1 else next(iter(paths), "")
         data = self.data.model_copy(update={"path": path})

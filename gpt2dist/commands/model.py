@@ -83,6 +83,8 @@ def generate(
     from gpt2dist.train.saved import open_model
 
     lines = _prompt_lines(prompt_file) if prompt_file else []
+    if prompt_file and not lines and not prompts:
+        raise UserError(f"--prompt-file: {prompt_file}: no prompts in it")
     starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
     seeds = [(seed + i % samples) % 2**63 for i in range(len(starts))]
     sampling = Sampling(stop=stop, stop_tokens=frozenset({tokenizer.EOT, *stop_token}), **options)

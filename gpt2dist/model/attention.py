@@ -27,14 +27,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: 
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal).to(dtype)
 
 
-def use_units(dtype: torch.dtype, device: torch.device) -> None:
+def use_units(dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> None:
     """From now on in this process: whether units for bf16 multiply fp32 operands, rounding them; results are fp32.
 
-    dtype: of the weights. Where it is bf16 the only such operands are those of `_Kept`, which are bf16 numbers.
+    dtype: of the weights. Where it is bf16 the only such operands are those of `_Kept`, which are bf16 numbers; with
+    dropout torch's attention has others.
     """
     if device.type == "cpu":
         setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        setting.fp32_precision = "bf16" if _has_units(dtype, device) else "none"
+        setting.fp32_precision = "bf16" if _has_units(dtype, device) and not dropout else "none"
 
 
 def keeps_probabilities(length: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -37,8 +37,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond a float."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        """exp(loss); infinite where that is beyond a float, NaN where the loss is."""
+        return math.inf if self.loss >= 709 else math.exp(self.loss)
 
     @property
     def accuracy(self) -> float:

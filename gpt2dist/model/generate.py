@@ -118,7 +118,7 @@ def choose(logits: Tensor, uniform: Tensor, s: Sampling) -> Tensor:
         raise NotFinite
     if s.temperature == 0:
         return torch.from_numpy(logits.numpy().argmax(-1))  # over 20 times faster than torch's on the CPU
-    logits = logits / s.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # the largest is 0: no overflow
     size = logits.shape[-1]
     if not s.top_k and s.top_p >= 1:
         return _draw(torch.softmax(logits, -1, dtype=torch.float64), uniform)

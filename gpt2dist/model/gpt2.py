@@ -198,10 +198,12 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """A table; without values until they are given."""
+    """A table, as `nn.Embedding`."""
 
     def reset_parameters(self) -> None:
-        """Leaves them out: torch's take long for a large table, and on a meta device half of torch is imported."""
+        """See `Linear.reset_parameters`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class TokenEmbedding(Embedding):
@@ -257,10 +259,7 @@ class Head(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. Parameter names follow OpenAI's variables (wte, wpe, h.N.attn.c_attn, …).
-
-    A new one has memory without values: `build` and `assemble` give them.
-    """
+    """The language model. Parameter names follow OpenAI's variables (wte, wpe, h.N.attn.c_attn, …)."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()

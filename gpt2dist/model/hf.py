@@ -7,6 +7,7 @@ embedding table has no padding rows. Pickled weights (pytorch_model.bin) are ref
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from upath import UPath
@@ -26,20 +27,29 @@ from gpt2dist.model import gpt2
 from gpt2dist.model.gpt2 import GPT2Config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+VOCABULARIES = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}
+"""Files of a tokenizer, and where in them its table of token → id is."""
+GPT2_VOCABULARY = "855ec41a9d90094ebb1189ee8082e915505cf2dfe0691a4f39da9c020f9476b2"
+"""sha256 of GPT-2's table as JSON with sorted keys."""
 Weights = Callable[[str], Tensor]
 """A parameter's fp32 values, on the CPU, by its name in our model."""
 
 
 class HFConfig(BaseModel):
-    """The keys of config.json that matter here; each must say what our model is."""
+    """The keys of config.json that matter here; each must say what our model is.
+
+    transformers knows the shape's keys by two names, of which the longer one wins.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     model_type: Literal["gpt2"]
-    n_layer: int = Field(default=12, ge=1, le=10_000)
-    n_head: int = Field(default=12, ge=1, le=1_000_000)
-    n_embd: int = Field(default=768, ge=1, le=1_000_000)
-    n_positions: int = Field(default=1024, ge=1, le=100_000_000)
+    n_layer: int = Field(12, ge=1, le=10_000, validation_alias=AliasChoices("num_hidden_layers", "n_layer"))
+    n_head: int = Field(12, ge=1, le=1_000_000, validation_alias=AliasChoices("num_attention_heads", "n_head"))
+    n_embd: int = Field(768, ge=1, le=1_000_000, validation_alias=AliasChoices("hidden_size", "n_embd"))
+    n_positions: int = Field(
+        1024, ge=1, le=100_000_000, validation_alias=AliasChoices("max_position_embeddings", "n_positions")
+    )
     vocab_size: Literal[50257] = 50257
     resid_pdrop: float = Field(default=0.1, ge=0, lt=1)
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
@@ -63,7 +73,7 @@ def read_config(location: str) -> GPT2Config:
     """The shape of the model in a local directory or on the hub.
 
     Raises:
-        UserError: no config.json, or not of a GPT-2 as published.
+        UserError: no config.json, or not of a GPT-2 as published, or a tokenizer with another vocabulary.
     """
     path = _directory(location) / CONFIG
     try:
@@ -81,6 +91,7 @@ def read_config(location: str) -> GPT2Config:
         raise UserError(f"{path}: n_embd = {c.n_embd} is not divisible by n_head = {c.n_head}")
     if c.n_inner not in (None, 4 * c.n_embd):
         raise UserError(f"{path}: n_inner: should be 4 × n_embd = {4 * c.n_embd}, got {c.n_inner}")
+    _check_vocabulary(path.parent)
     return GPT2Config(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.resid_pdrop)
 
 
@@ -106,10 +117,19 @@ def read_weights(location: str) -> Weights:
         if has != stored:
             raise UserError(f"{path}: {key}: shape {list(has)}, {CONFIG} asks for {list(stored)}")
 
-    def read(name: str) -> Tensor:
+    def stored_tensor(name: str) -> Tensor:
         path, key = found[name]
         with _opened(path) as file:
-            stored: Tensor = file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    if "lm_head.weight" in found and not torch.equal(stored_tensor("lm_head.weight"), stored_tensor("wte.weight")):
+        raise UserError(
+            f"{location}: lm_head.weight is not transformer.wte.weight: the head has to be tied to the table"
+        )
+
+    def read(name: str) -> Tensor:
+        stored = stored_tensor(name)
         value = torch.zeros(shapes[name])  # fp32; the padding rows stay zero
         value[: config.vocab_size if name == "wte.weight" else None] = stored.T if _transposed(name) else stored
         return value
@@ -184,24 +204,24 @@ def _directory(location: str) -> Path:
     except ImportError:
         raise UserError(f"{location}: no such directory; for the hub: pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(location, allow_patterns=[CONFIG, "*.safetensors", INDEX]))
+        return Path(snapshot_download(location, allow_patterns=[CONFIG, "*.safetensors", INDEX, *VOCABULARIES]))
     except Exception as e:  # of many kinds: no network, no such repository, no access
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{location}: no such directory, and not to be had from the hub: {reason}") from None
 
 
 def _tensors(directory: Path) -> dict[str, tuple[Path, str]]:
-    """Our name → file and its name there; with or without the prefix `transformer.`."""
-    if (directory / INDEX).is_file():
+    """Our name → file and its name there; with or without the prefix `transformer.`. One file wins, as there."""
+    if (directory / WEIGHTS).is_file():
+        with _opened(directory / WEIGHTS) as file:
+            keys = dict.fromkeys(file.keys(), WEIGHTS)
+    elif (directory / INDEX).is_file():
         try:
             keys = dict(json.loads((directory / INDEX).read_bytes())["weight_map"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{directory / INDEX}: not an index of safetensors files") from None
         if bad := [file for file in keys.values() if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(file))]:
             raise UserError(f"{directory / INDEX}: {bad[0]!r} is not the name of a safetensors file")
-    elif (directory / WEIGHTS).is_file():
-        with _opened(directory / WEIGHTS) as file:
-            keys = dict.fromkeys(file.keys(), WEIGHTS)
     elif any(directory.glob("pytorch_model*.bin")):
         raise UserError(
             f"{directory}: pytorch_model.bin is a pickle, which can run code: not read; save the model again with "
@@ -219,8 +239,25 @@ def _opened(path: Path) -> Any:
             yield file
     except SafetensorError as e:
         raise UserError(f"{path}: damaged: {e}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as e:  # safetensors says "no such file" of one that may not be read
+        reason = "cannot be read" if path.exists() else "no such file"
+        raise UserError(f"{path}: {reason}") from e
+
+
+def _check_vocabulary(directory: Path) -> None:
+    """Raises `UserError` where a tokenizer lies there that gives the ids to other tokens than GPT-2's."""
+    for name, place in VOCABULARIES.items():
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            table = json.loads(path.read_bytes())
+            for key in place:
+                table = table[key]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path}: cannot be read as a tokenizer's table") from None
+        if hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest() != GPT2_VOCABULARY:
+            raise UserError(f"{path}: not GPT-2's vocabulary: the same ids are other tokens")
 
 
 def _transposed(name: str) -> bool:

@@ -40,10 +40,12 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + b, as `nn.Linear`; without values until they are given."""
+    """x Wᵀ + b, as `nn.Linear`."""
 
     def reset_parameters(self) -> None:
-        """Leaves them out."""
+        """Random values; on a meta device, where there are none to set, torch would import half of itself for them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; result: [..., out_features]."""

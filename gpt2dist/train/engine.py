@@ -117,7 +117,7 @@ class Engine:
         replace_parts(device, self.world_size)
         config = _deepspeed_config(run, self.world_size, self.gas, device)
         working = DTYPES[run.train.precision]
-        use_units(working, device)
+        use_units(working, device, run.model.dropout)
         cast = self.stage == 0 and working != torch.float32
         model = _zero_model(self.model_config, torch.float32 if cast else working, device, config)
         self._names = {id(p): name for name, p in model.named_parameters()}

@@ -17,7 +17,7 @@ from gpt2dist.cli import main
 from gpt2dist.commands.common import to_json
 from gpt2dist.config import load_run
 from gpt2dist.data.shards import read_manifest
-from gpt2dist.model.gpt2 import GPT2Config, build
+from gpt2dist.model.gpt2 import GPT2, GPT2Config
 from tests.conftest import tiny_run
 from tests.unit.runs import save_run
 from tests.unit.test_checkpoint import save
@@ -96,7 +96,7 @@ def test_options_are_finite_numbers(run_file: str, option: str) -> None:
 
 def test_data_that_is_given_and_is_none(run_file: str) -> None:
     run = load_run(run_file)
-    result = cli("evaluate", save_run(run, build(GPT2Config.from_run(run), 0)), "--data", "nope")
+    result = cli("evaluate", save_run(run, GPT2(GPT2Config.from_run(run))), "--data", "nope")
     assert result.exit_code == 2
     assert (
         result.stderr
@@ -234,7 +234,7 @@ def test_dry_run_starts_nothing(run_file: str) -> None:
 def test_changed_run_file(run_file: str) -> None:
     """On a run that exists, the dry run says what each changed key means; what cannot go on is refused."""
     run = load_run(run_file).absolute()
-    run_dir = save_run(run, build(GPT2Config.from_run(run), 0))  # the data set of this checkpoint is another one
+    run_dir = save_run(run, GPT2(GPT2Config.from_run(run)))  # the data set of this checkpoint is another one
     Path(run_dir, "config.toml").unlink()
     fingerprint = read_manifest("data").fingerprint
     same = ["--set", "data.allow_changed=true"]

@@ -158,3 +158,12 @@ def test_the_page_of_keys_is_current() -> None:
 
     render = runpy.run_path(str(ROOT / "docs" / "make_config.py"))["render"]
     assert (ROOT / "docs" / "config.md").read_text() == render(), "run: make docs"
+
+
+def test_local_places_are_absolute_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"prepare__output": "data", "prepare__vocab_dir": "vocabulary", "data__path": "", "storage": "s3://b/runs"}
+    run = tiny_run(**places).absolute()
+    assert (run.prepare.output, run.prepare.vocab_dir) == (str(tmp_path / "data"), str(tmp_path / "vocabulary"))
+    assert (run.data.path, run.storage) == (str(tmp_path / "data"), "s3://b/runs")
+    assert tiny_run(prepare__vocab_dir="").absolute().prepare.vocab_dir == ""

@@ -101,3 +101,8 @@ def test_mistakes(data: str, make_data: Callable[..., str]) -> None:
     make_data([100], val=20, name="short")
     assert_one_line(cli("evaluate", "out", "--data", "short"), "val has 20 tokens, less than one sequence of 32 + 1")
     assert_one_line(cli("evaluate", "runs/made", "--data", data, "--step", "5"), "no checkpoint of step 5")
+
+
+def test_perplexity_of_what_is_no_number() -> None:
+    assert math.isnan(Score(math.nan, 0, 10).perplexity)
+    assert Score(8000.0, 0, 10).perplexity == math.inf

@@ -235,6 +235,8 @@ def test_command(run_dir: str, tmp_path: Path) -> None:
     assert first == "import os" + rows["samples"][0]["text"]
     assert cli("generate", run_dir, "--max-tokens", "3", "--precision", "bf16").exit_code == 0
     assert_one_line(cli("generate", run_dir, "--prompt-file", "none"), "--prompt-file: none: cannot be read")
+    Path("empty.txt").touch()
+    assert_one_line(cli("generate", run_dir, "--prompt-file", "empty.txt"), "empty.txt: no prompts in it")
     Path("odd.txt").write_bytes("\ufefffirst\r\n\nsec\x0cond \u2028 third\n".encode())  # one line end of three is one
     rows = json.loads(cli("generate", run_dir, "--prompt-file", "odd.txt", "--json", *options).stdout)
     assert [row["prompt"] for row in rows["samples"]] == ["first", "", "sec\x0cond \u2028 third"]
@@ -282,3 +284,12 @@ def test_tokens_equal_those_of_torchs_own_products(monkeypatch: pytest.MonkeyPat
     fast = generated(model, prompts_of(3, 9), max_tokens=12, **options)
     monkeypatch.setattr(linear, "INTEL", True)
     assert fast == generated(model, prompts_of(3, 9), max_tokens=12, **options)
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 50}, {"top_p": 0.9}])
+def test_large_logits_at_a_low_temperature(limits: dict[str, Any]) -> None:
+    """Their quotient is more than a fp32 number can be."""
+    logits = torch.zeros(2, 100)
+    logits[0, 7], logits[1, 3] = 1e36, 3e38
+    drawn = choose(logits, torch.tensor([0.5, 0.99], dtype=torch.float64), Sampling(1, temperature=1e-3, **limits))
+    assert drawn.tolist() == [7, 3]

@@ -280,4 +280,48 @@ def test_init_from_the_hub(exported: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     hf.check_init(tiny_run(model=MODEL | {"init_from": "someone/gpt2-tiny"}), "run.toml")
-    assert asked[0] == ("someone/gpt2-tiny", ["config.json", "*.safetensors", "model.safetensors.index.json"])
+    wanted = ["config.json", "*.safetensors", "model.safetensors.index.json", "vocab.json", "tokenizer.json"]
+    assert asked[0] == ("someone/gpt2-tiny", wanted)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json"])
+def test_a_model_with_another_vocabulary_is_refused(exported: Path, file: str) -> None:
+    """A GPT-2 that was trained anew in another language has as many tokens."""
+    AutoTokenizer.from_pretrained(exported).save_pretrained(exported)  # with a tokenizer.json, as transformers does
+    assert cli("generate", str(exported), "--max-tokens", "1").exit_code == 0
+    table = json.loads((exported / "vocab.json").read_bytes())
+    other = {token: (number + 1) % len(table) for token, number in table.items()}
+    (exported / "vocab.json").unlink()
+    whole = json.loads((exported / "tokenizer.json").read_bytes())
+    whole["model"]["vocab"] = other
+    (exported / file).write_text(json.dumps(other if file == "vocab.json" else whole))
+    result = cli("generate", str(exported), "--max-tokens", "1")
+    assert_one_line(result, "not GPT-2's vocabulary: the same ids are other tokens")
+    assert file in result.stderr
+
+
+def test_one_file_wins_over_an_index_that_was_left_behind(exported: Path, model: GPT2) -> None:
+    old = {name: torch.zeros_like(value) for name, value in load_file(exported / hf.WEIGHTS).items()}
+    save_file(old, exported / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
+    (exported / hf.INDEX).write_text(json.dumps(index))
+    assert torch.equal(hf.read_weights(str(exported))("wpe.weight"), model.wpe.weight)
+    twin = GPT2LMHeadModel.from_pretrained(exported, local_files_only=True)
+    assert torch.equal(twin.transformer.wpe.weight, model.wpe.weight)  # as transformers has it
+
+
+def test_a_head_of_its_own_is_refused(exported: Path) -> None:
+    tensors = load_file(exported / hf.WEIGHTS)
+    table = tensors["transformer.wte.weight"]
+    save_file(tensors | {"lm_head.weight": table.clone()}, exported / hf.WEIGHTS)
+    hf.read_weights(str(exported))
+    save_file(tensors | {"lm_head.weight": table + 1}, exported / hf.WEIGHTS)
+    with pytest.raises(UserError, match="lm_head.weight is not transformer.wte.weight"):
+        hf.read_weights(str(exported))
+
+
+def test_the_other_names_of_the_shape(exported: Path) -> None:
+    config = json.loads((exported / hf.CONFIG).read_bytes())
+    (exported / hf.CONFIG).write_text(json.dumps(config | {"num_attention_heads": 2}))
+    assert hf.read_config(str(exported)).n_head == 2
+    assert GPT2LMHeadModel.from_pretrained(exported, local_files_only=True).config.n_head == 2

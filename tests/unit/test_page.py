@@ -18,7 +18,7 @@ from gpt2dist.cli import main
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
-from gpt2dist.model.gpt2 import GPT2Config, build
+from gpt2dist.model.gpt2 import GPT2, GPT2Config
 from gpt2dist.report import page, plots
 from gpt2dist.report.history import attempts, words
 from gpt2dist.train import ledger, rundir
@@ -58,7 +58,7 @@ def eventful_run(run: RunConfig, steps: int) -> str:
         line |= {"loss": 10.8 - 0.1 * line["step"], "tokens_per_s": 128.0, "mfu": 0.4}
         if "eval_s" in line:
             line["val_loss"] = line["loss"] + 0.05
-    save_run(run, build(GPT2Config.from_run(run), 0), step=steps)
+    save_run(run, GPT2(GPT2Config.from_run(run)), step=steps)
     rundir.events_log(run.run_dir).append(*log.events)
     rundir.metrics_log(run.run_dir).append(*log.metrics)
     data = Mixture.open(run)
