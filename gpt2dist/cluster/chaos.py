@@ -304,12 +304,12 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
     for part in ("undisturbed", "chaos"):
         if location(path := prepared(run, part).run_dir).exists():
             raise UserError(f"{path}: is there already; remove it, or choose another name")
-    run, plan, spoilt = with_faults(run, faults, seed)
+    run, plan = with_faults(run, faults, seed)
     reference = undisturbed(run, say)
     if (steps := steps_needed(reference, plan)) > run.stop_step:
         say(f"its steps are too short for the faults: once more, with {steps:,} steps in place of {run.stop_step:,}")
         remove_tree(location(reference.run_dir))
-        run, plan, spoilt = with_faults(longer(run, steps), faults, seed)
+        run, plan = with_faults(longer(run, steps), faults, seed)
         reference = undisturbed(run, say)
         if (steps := steps_needed(reference, plan)) > run.stop_step:
             raise ChaosError(f"the steps are too short for the faults: set train.steps to {steps:,} or more")
@@ -317,16 +317,18 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
     with arena(broken, say) as a:
         say(f"the run with faults, in {broken.run_dir}")
         injected = inject(a, plan, random.Random(f"victims/{seed}"))
-    skipped = [Injected(NAN, step, f"gradients of step {step} made NaN, in both runs", 0.0) for step in spoilt]
+    skipped = [
+        Injected(NAN, step, f"gradients of step {step} made NaN, in both runs", 0.0) for step in run.train.nan_at
+    ]
     return judge(reference, broken, sorted([*injected, *skipped], key=lambda i: i.step))
 
 
-def with_faults(run: RunConfig, faults: list[str], seed: int) -> tuple[RunConfig, list[tuple[int, str]], list[int]]:
-    """The run with its bad gradients, the faults from outside and their steps, and the steps of bad gradients."""
+def with_faults(run: RunConfig, faults: list[str], seed: int) -> tuple[RunConfig, list[tuple[int, str]]]:
+    """The run with its bad gradients (`train.nan_at`), and the (step, fault) of what comes from outside."""
     plan = schedule(faults, run.stop_step, seed)
     spoilt = [step for step, fault in plan if fault == NAN]
     run = run.model_copy(update={"train": run.train.model_copy(update={"nan_at": spoilt})})
-    return run, [(step, fault) for step, fault in plan if fault != NAN], spoilt
+    return run, [(step, fault) for step, fault in plan if fault != NAN]
 
 
 def longer(run: RunConfig, steps: int) -> RunConfig:

@@ -114,11 +114,12 @@ def choose(logits: Tensor, uniform: Tensor, s: Sampling) -> Tensor:
     Raises:
         NotFinite: a row has NaN or +inf, or nothing but -inf.
     """
-    if not bool(torch.isfinite(logits.amax(-1)).all()):  # NaN wins over all numbers
+    largest = logits.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(largest).all()):  # NaN wins over all numbers
         raise NotFinite
     if s.temperature == 0:
         return torch.from_numpy(logits.numpy().argmax(-1))  # over 20 times faster than torch's on the CPU
-    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # the largest is 0: no overflow
+    logits = (logits - largest) / s.temperature  # at most 0: no overflow
     size = logits.shape[-1]
     if not s.top_k and s.top_p >= 1:
         return _draw(torch.softmax(logits, -1, dtype=torch.float64), uniform)

@@ -28,7 +28,7 @@ from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, m
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Misfit, NoneLeft
+from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, Misfit, NoneLeft
 from gpt2dist.train.divergence import WINDOW, Divergence
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.fragment import EMA
@@ -158,9 +158,7 @@ class Trainer:
         with ThreadPoolExecutor(1) as reader:  # the stream starts up while the validation loss is computed
             first = reader.submit(lambda: list(itertools.islice(batches, 1)))
             if self.step == 0 and every:
-                start = time.perf_counter()
-                loss = self.evaluate()
-                self.eval_seconds = time.perf_counter() - start
+                loss = self._timed_evaluation()
                 self._event("eval", step=0, val_loss=loss, seconds=self.eval_seconds)
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
@@ -169,9 +167,7 @@ class Trainer:
             self.profile.before(self.step)
             metrics, wishes = self.train_step(batches)
             if every and (self.step == run.train.steps or (self.step % every == 0 and not wishes.hurry)):
-                start = time.perf_counter()
-                metrics |= {"val_loss": self.evaluate(), "eval_s": time.perf_counter() - start}
-                self.eval_seconds = metrics["eval_s"]
+                metrics |= {"val_loss": self._timed_evaluation(), "eval_s": self.eval_seconds}
             self._alive()
             self._log(metrics)
             if self._diverged(metrics):
@@ -277,6 +273,12 @@ class Trainer:
                 losses[mine] = loss.item()
         return sum(self.engine.sum_over_ranks(losses)) / count
 
+    def _timed_evaluation(self) -> float:
+        start = time.perf_counter()
+        loss = self.evaluate()
+        self.eval_seconds = time.perf_counter() - start
+        return loss
+
     # ------------------------------------------------------------------ state
 
     def is_outdated(self) -> bool:
@@ -317,8 +319,7 @@ class Trainer:
         """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
         problem, found = "", None
         try:
-            found = checkpoint.open_step(self.run.run_dir, step)
-            checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
+            found = self._open(step)
             fragments = self.engine.fragments(owned=False)
             checkpoint.load(found, [f for f in fragments if f.kind != EMA or found.index.has_ema])
         except (BadCheckpoint, Misfit) as e:
@@ -335,6 +336,12 @@ class Trainer:
         self._log_change(found.index)
         return ""
 
+    def _open(self, step: int) -> Checkpoint:
+        """A checkpoint of this model; its files are not looked at. Raises `BadCheckpoint`, `Misfit`."""
+        found = checkpoint.open_step(self.run.run_dir, step)
+        checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
+        return found
+
     def _damage(self, step: int, problem: str) -> str:
         """What rank 0 finds wrong with a checkpoint that some rank could not load: it may delete it. A collective.
 
@@ -344,9 +351,7 @@ class Trainer:
         seen = problem
         if self.rank == 0:
             try:
-                found = checkpoint.open_step(self.run.run_dir, step)
-                checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
-                checkpoint.verify(found)
+                checkpoint.verify(self._open(step))
                 seen = ""
             except (BadCheckpoint, Misfit) as e:
                 seen = str(e)
