@@ -53,6 +53,8 @@ def location(text: str) -> UPath:
     try:
         if "://" in text and "@" in urlsplit(text).netloc:
             raise UserError(f"{without_secrets(text)}: give credentials by environment variables, not in the location")
+        if text.startswith("file://"):
+            raise UserError(f"{text}: write it without file://")
         path = UPath(text, **_options(text))
         if not is_local(path):
             _ = path.fs  # imports its package

@@ -10,8 +10,10 @@ In the output directory, for chunk 12:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import struct
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,13 +29,25 @@ from gpt2dist.data.readers import RAW_BYTES, BadRecord, Document, Reader
 from gpt2dist.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, Split, Tally, npy_header
 from gpt2dist.data.sources import Piece
 from gpt2dist.data.token_files import Tokens
-from gpt2dist.storage import file_size, location, publish, publish_file, read_bytes, reading, remove, sha256_of, stage
+from gpt2dist.storage import (
+    file_size,
+    location,
+    publish,
+    publish_file,
+    read_bytes,
+    reading,
+    remove,
+    sha256_of,
+    stage,
+    writing,
+)
 
 PARTS = "parts"
 DOCUMENT = np.dtype(
     [("hash", ">u8"), ("hash2", ">u8"), ("index", "<u4"), ("tokens", "<u4"), ("source", "<u2"), ("val", "u1")]
 )
 """First 16 bytes of the sha256 of the text, number in the chunk, tokens with <|endoftext|>, source, split."""
+_AFTER_HASH = struct.Struct("<IIHB")
 
 
 class Part(Section):
@@ -75,9 +89,10 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
     out = location(p.output)
     encoding = tokenizer.load(p.vocab_dir)
     tallies: dict[int, dict[str, Tally]] = {}
-    rows: list[tuple[bytes, int, int, bool]] = []
+    rows, documents_read = bytearray(), 0  # the records: chunks of short documents have millions
     signatures: list[npt.NDArray[np.uint32]] = []
-    bad: list[str] = []
+    bad_file: BinaryIO | None = None
+    bad = 0
     lines: list[int] = []
     writers: dict[Split, _SplitWriter] = {s: _SplitWriter(out, s, index, p.shard_mb) for s in ("train", "val")}
 
@@ -85,7 +100,10 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
         by_reason = tallies.setdefault(source, {})
         by_reason[what] = by_reason.get(what, Tally()).plus(1, tokens)
 
-    try:
+    parts = out / PARTS
+    with contextlib.ExitStack() as ends:
+        for writer in writers.values():
+            ends.callback(writer.abandon)
         for number, piece in enumerate(pieces):
             # The standard library is not the user's to mend: what is bad there is counted and left out.
             skip = p.on_bad_record == "skip" or p.sources[piece.source] == sources.STDLIB
@@ -96,7 +114,9 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
                     if not skip:
                         raise BadRecordFound(number, result)
                     count(piece.source, result.reason, 0)
-                    bad.append(_bad_line(number, result))
+                    bad += 1
+                    bad_file = bad_file or ends.enter_context(writing(parts / f"{index:05d}.bad.jsonl"))
+                    bad_file.write(_bad_line(number, result))
                     continue
                 text, ids = result
                 tokens = sum(map(len, ids)) + 1
@@ -106,22 +126,18 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
                 digest = _sha256(text)
                 val = _is_val(digest, p.val_fraction)
                 writers["val" if val else "train"].write(ids)
-                rows.append((digest[:16], tokens, piece.source, val))
+                rows += digest[:16] + _AFTER_HASH.pack(documents_read, tokens, piece.source, val)
+                documents_read += 1
                 count(piece.source, "kept", tokens)
                 if p.dedup == "near":
                     signatures.append(near.signature(text))
             lines.append(reader.lines)
         shards = {split: writer.close() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    documents = _documents(rows)
-    parts = out / PARTS
+    documents = np.frombuffer(rows, dtype=DOCUMENT)
+    documents = documents[np.lexsort((documents["index"], documents["hash2"], documents["hash"]))]
     publish(parts / f"{index:05d}.documents", documents.tobytes())
     if signatures:
         publish(parts / f"{index:05d}.minhash", np.stack(signatures).tobytes())
-    if bad:
-        publish(parts / f"{index:05d}.bad.jsonl", "".join(bad).encode())
     prefixes = np.bincount((documents["hash"] >> np.uint64(56)).astype(np.int64), minlength=256).tolist()
     part = Part(
         index=index,
@@ -129,7 +145,7 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
         tallies=tallies,
         lines=lines,
         prefixes=prefixes,
-        bad=len(bad),
+        bad=bad,
         on_bad_record=p.on_bad_record,
     )
     publish(parts / f"{index:05d}.json", part.model_dump_json().encode())
@@ -213,20 +229,10 @@ def _is_val(digest: bytes, val_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < val_fraction
 
 
-def _documents(rows: list[tuple[bytes, int, int, bool]]) -> npt.NDArray[Any]:
-    out = np.zeros(len(rows), dtype=DOCUMENT)
-    hashes = np.frombuffer(b"".join(row[0] for row in rows), dtype=">u8").reshape(-1, 2)
-    out["hash"], out["hash2"] = hashes[:, 0], hashes[:, 1]
-    out["index"] = np.arange(len(rows))
-    for i, name in enumerate(("tokens", "source", "val"), start=1):
-        out[name] = [row[i] for row in rows]
-    return out[np.lexsort((out["index"], out["hash2"], out["hash"]))]
-
-
-def _bad_line(piece: int, record: BadRecord) -> str:
+def _bad_line(piece: int, record: BadRecord) -> bytes:
     raw = record.raw.decode("utf-8", "backslashreplace")
     line = {"piece": piece, "line": record.line, "reason": record.reason, "detail": record.detail, "raw": raw}
-    return json.dumps(line) + "\n"
+    return (json.dumps(line) + "\n").encode()
 
 
 class _SplitWriter:
@@ -260,7 +266,8 @@ class _SplitWriter:
     def abandon(self) -> None:
         """Remove an unfinished shard."""
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # the disk is full
+                self.file.close()
             self.temporary.unlink(missing_ok=True)
 
     def _finish_shard(self) -> None:
@@ -268,10 +275,10 @@ class _SplitWriter:
         self.file.seek(0)
         self.file.write(npy_header(self.tokens))  # as long as the one for 0 tokens
         self.file.close()
-        self.file = None
         sha = sha256_of(UPath(self.temporary))
         size = self.temporary.stat().st_size
         publish_file(self.temporary, self.path)
+        self.file = None
         shard = Shard(file=self.path.name, tokens=self.tokens, documents=self.documents, bytes=size, sha256=sha)
         self.shards.append(shard)
 

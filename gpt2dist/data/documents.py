@@ -44,7 +44,8 @@ def _documents(tokens: TokenSplit, first: int, end: int) -> Iterator[dict[str, A
         starts = [0, *(ends + 1).tolist()][before:]
         for number, start in enumerate(starts, before):
             if start < high:
-                text = tokenizer.load().decode_bytes(shard[start : start + BEGINNING].tolist())
+                ids = shard[start : start + BEGINNING]
+                text = tokenizer.load().decode_bytes(ids[ids < tokenizer.N_VOCAB].tolist())
                 name = f"{tokens.location.rstrip('/')}/{tokens.shards[index].file}"
                 yield {"shard": name, "document": number, "begins": text.decode("utf-8", "replace")}
         index += 1

@@ -35,11 +35,11 @@ from gpt2dist.storage import (
     exists,
     location,
     publish,
-    publish_file,
     read_bytes,
+    reading,
     remove,
     remove_tree,
-    stage,
+    writing,
 )
 from gpt2dist.urls import without_secrets
 
@@ -49,7 +49,7 @@ DEATHS = ".deaths"
 MAX_DEATHS = 3
 """Of the process of one task."""
 _SHARD = re.compile(r"(train|val)-\d{5,}(\.\d+)?\.npy")
-_STAGED = re.compile(rf"\.{_SHARD.pattern}\.[0-9a-f]{{8}}")
+_STAGED = re.compile(rf"\.({_SHARD.pattern}|{re.escape(QUARANTINE)}|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}")
 Rows = list[dict[str, Any]]
 Execute = Callable[[Callable[..., dict[str, Any]], Rows, PrepareSection], Iterable[dict[str, Any]]]
 """Runs function(row, prepare) for each row, in any order."""
@@ -121,7 +121,8 @@ def prepare(
         clean_up(p)
         return manifest
     absolute = run.absolute().prepare  # Ray's workers may have another working directory
-    _begin(p, request, pieces)
+    with _output_named(p):
+        _begin(p, request, pieces)
 
     parts = _finished(p, len(chunks))
     sizes = [sum(piece.stop - piece.start for piece in pieces) for pieces in chunks]
@@ -147,10 +148,22 @@ def prepare(
         if failed and all(i in parts for i in range(failed["index"])):
             _part_of(failed, chunks)
     ordered = [parts[i] for i in range(len(chunks))]
-    if p.dedup != "none":
-        on_progress(replace(state, step="removing duplicates"))
-        ordered = _deduplicated(absolute, ordered, chunks, execute)
-    return _finish(p, request, ordered, chunks)
+    with _output_named(p):
+        if p.dedup != "none":
+            on_progress(replace(state, step="removing duplicates"))
+            ordered = _deduplicated(absolute, ordered, chunks, execute)
+        return _finish(p, request, ordered, chunks)
+
+
+@contextlib.contextmanager
+def _output_named(p: PrepareSection) -> Iterator[None]:
+    """Errors that name no file, as of a full disk, become a `UserError` that names the output."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename:
+            raise
+        raise UserError(f"{p.output}: {e.strerror or e}") from None
 
 
 def _begin(p: PrepareSection, request: dict[str, Any], pieces: list[Piece]) -> None:
@@ -209,7 +222,8 @@ def _tokenize(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
     """A Ray task; errors travel as text, to end as one line."""
     pieces = sources.from_json(row["pieces"])
     try:
-        with _deaths_counted(location(p.output) / PARTS / f"{row['index']:05d}{DEATHS}", pieces):
+        deaths = location(p.output) / PARTS / f"{row['index']:05d}{DEATHS}"
+        with _output_named(p), _deaths_counted(deaths, pieces):
             part = chunk.tokenize_chunk(row["index"], pieces, p)
     except BadRecordFound as e:
         where = {"piece": e.piece, "line": e.record.line, "reason": e.record.reason, "detail": e.record.detail}
@@ -295,7 +309,8 @@ def _drop(row: dict[str, Any], p: PrepareSection) -> dict[str, Any]:
     part = Part.model_validate_json(row["part"])
     drop = np.unpackbits(np.frombuffer(row["drop"], dtype=np.uint8), count=sum(part.prefixes)).astype(bool)
     try:
-        part = chunk.drop_documents(part, drop, p)
+        with _output_named(p):
+            part = chunk.drop_documents(part, drop, p)
     except (OSError, UserError) as e:
         return {"index": row["index"], "part": "", "bad": "", "error": str(e).splitlines()[0]}
     return {"index": row["index"], "part": part.model_dump_json(), "bad": "", "error": ""}
@@ -348,23 +363,26 @@ def _write_quarantine(p: PrepareSection, parts: list[Part], chunks: list[list[Pi
     if not any(part.bad for part in parts):
         remove(path)
         return
-    temporary = stage(path)
-    with open(temporary, "w", encoding="utf-8") as f:
-        before: dict[tuple[int, str], int] = {}
+    before: dict[tuple[int, str], int] = {}
+    with writing(path) as f:
         for part in parts:
-            bad: dict[int, list[dict[str, Any]]] = {}
-            if part.bad:
-                text = read_bytes(location(p.output) / PARTS / f"{part.index:05d}.bad.jsonl").decode()
-                for line in text.splitlines():
-                    record = json.loads(line)
-                    bad.setdefault(record.pop("piece"), []).append(record)
+            records = _bad_records(p, part)
+            record = next(records, None)
             for number, (piece, lines) in enumerate(zip(chunks[part.index], part.lines, strict=True)):
                 key = (piece.source, piece.path)
-                for record in bad.get(number, ()):
+                while record and record["piece"] == number:
+                    del record["piece"]
                     record["line"] = record["line"] and record["line"] + before.get(key, 0)
-                    f.write(json.dumps({"file": without_secrets(piece.path), **record}) + "\n")
+                    f.write((json.dumps({"file": without_secrets(piece.path), **record}) + "\n").encode())
+                    record = next(records, None)
                 before[key] = before.get(key, 0) + lines
-    publish_file(temporary, path)
+
+
+def _bad_records(p: PrepareSection, part: Part) -> Iterator[dict[str, Any]]:
+    """One at a time: there may be millions. In the order of the chunk's pieces."""
+    if part.bad:
+        with reading(location(p.output) / PARTS / f"{part.index:05d}.bad.jsonl") as f:
+            yield from map(json.loads, f)
 
 
 def _request(p: PrepareSection, pieces: list[Piece]) -> dict[str, Any]:

@@ -187,12 +187,14 @@ class Reader:
                 rows += group.num_rows
 
     def _column_problem(self, schema: pa.Schema) -> BadRecord | None:
+        if schema.names.count(self.field) > 1:
+            return BadRecord(0, "no text", f"more than one column {self.field!r}")
         at = schema.get_field_index(self.field)
         if at < 0:
             return BadRecord(0, "no text", f"no column {self.field!r}; columns: {', '.join(schema.names)}")
         kind = schema.field(at).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
             return BadRecord(0, "no text", f"column {self.field!r} is {kind}, not a string")
         return None
 

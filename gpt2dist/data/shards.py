@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from upath import UPath
 from gpt2dist import storage
 from gpt2dist.config import Section, UserError
 from gpt2dist.data import cache
+from gpt2dist.data.tokenizer import N_VOCAB
 from gpt2dist.storage import publish
 
 Split = Literal["train", "val"]
@@ -202,10 +204,20 @@ class TokenSplit:
         return max(0, (self.tokens - 1) // seq_len)
 
     def samples(self, ids: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.uint16]:
-        """Token ids of samples `ids`: uint16 [len(ids), seq_len + 1]."""
+        """Token ids of samples `ids`: uint16 [len(ids), seq_len + 1].
+
+        Raises:
+            UserError: a shard is damaged, or made with another vocabulary.
+        """
         out = np.empty((len(ids), seq_len + 1), dtype=np.uint16)
         for row, i in zip(out, ids, strict=True):
             self._read_into(row, int(i) * seq_len)
+        if out.size and out.max() >= N_VOCAB:
+            row, column = np.argwhere(out >= N_VOCAB)[0]
+            at = int(ids[row]) * seq_len + int(column)
+            index = int(np.searchsorted(self.starts, at, side="right")) - 1
+            path, number = self.directory / self.shards[index].file, at - int(self.starts[index])
+            raise UserError(f"{path}: id {out[row, column]} at token {number:,}: GPT-2's go up to {N_VOCAB - 1}")
         return out
 
     def check_sizes(self) -> None:
@@ -237,14 +249,23 @@ class TokenSplit:
         if index not in self._open:
             path = self.directory / self.shards[index].file
             if storage.is_local(path):
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                array = self._mapped(path, path)
             else:
                 while len(self._open) >= MAX_MAPS:  # a mapped copy keeps its room on the disk
                     del self._open[next(iter(self._open))]
                 shard = self.shards[index]
                 with cache.local_copy(path, shard.sha256, shard.bytes, self.cache_bytes) as copy:
-                    array = np.load(copy, mmap_mode="r", allow_pickle=False)
+                    array = self._mapped(copy, path)
             if array.dtype != TOKEN_DTYPE or array.shape != (self.shards[index].tokens,):
                 raise UserError(f"{path}: holds {array.dtype} {array.shape}, the manifest says otherwise")
             self._open[index] = array
         return self._open[index]
+
+    def _mapped(self, file: os.PathLike[str], path: UPath) -> npt.NDArray[np.uint16]:
+        """The array in a local file; path: the shard."""
+        try:
+            array: npt.NDArray[np.uint16] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):
+            hint = f"see: gpt2dist data verify {self.location}"
+            raise UserError(f"{path}: damaged: it does not begin as a shard does; {hint}") from None
+        return array

@@ -309,7 +309,7 @@ def _piece(path: str, info: dict[str, Any], source: int) -> Piece:
     if not partial and kind == "parquet":
         raise UserError(f"prepare.sources: {shown}: the server has no range requests; download it first")
     whole = kind == "text" or bool(_suffixes(path)[1]) or not partial
-    # An empty file is a record too, a bad one.
+    # An empty file is read too: of most kinds it is a bad record.
     piece = Piece(path, kind, 0, max(size, 1), source, whole, size, _version(path, info))
     return replace(piece, kind="array", whole=True) if _is_array(piece) else piece
 

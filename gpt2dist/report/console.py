@@ -25,8 +25,8 @@ class _Console(Console):
 
 
 def make_console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
-    """A console; on a pipe it breaks no line. Text is printed as it is, brackets too."""
-    console = _Console(file=file, stderr=stderr, highlight=False, markup=False)
+    """A console; on a pipe it breaks no line. Text is printed as it is, brackets and :names: too."""
+    console = _Console(file=file, stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +74,7 @@ def inspected(console: Console, manifest: Manifest, result: Mapping[str, Any], l
         table.add_row(f"{row['from']:,} - {row['below'] - 1:,}", f"{row['documents']:,}", bar)
     console.print(table)
     console.print("first document:")
-    console.print(result["sample"])
+    console.print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", result["sample"]))  # no escape sequences
 
 
 def dry_run(console: Console, run: RunConfig, numbers: Mapping[str, Any], memory: Mapping[str, int]) -> None:

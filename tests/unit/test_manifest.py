@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from gpt2dist.cli import main
 from gpt2dist.config import UserError
-from gpt2dist.data.shards import Manifest, read_manifest
+from gpt2dist.data.documents import documents_of
+from gpt2dist.data.mixture import Component, MixedSplit, Mixture
+from gpt2dist.data.shards import Manifest, TokenSplit, read_manifest
 from tests.unit.corpora import lines, prepare_run, run_prepare, write
 
 
@@ -225,3 +228,38 @@ def test_no_data_set(tmp_path: Path, command: str) -> None:
     result = CliRunner().invoke(main, ["data", command, str(tmp_path / "nowhere")])
     assert result.exit_code == 2
     assert "not a prepared data set" in result.stderr
+
+
+@pytest.mark.parametrize("begin", [b"\0" * 200, b"\x93NUMPY\x01\0v\0{'descr': '<u2', '[((", b""])
+def test_a_shard_whose_header_is_gone_is_named(prepared: Path, begin: bytes) -> None:
+    """As after a power cut: its size is right, and numpy would advise to load a pickle."""
+    split = TokenSplit(str(prepared), read_manifest(str(prepared)), "train")
+    path = prepared / split.shards[0].file
+    path.write_bytes(begin + path.read_bytes()[len(begin) :] if begin else b"")
+    with pytest.raises(UserError) as error:
+        split.samples(np.array([0]), 8)
+    hint = f"see: gpt2dist data verify {prepared}"
+    assert str(error.value) == f"{path}: damaged: it does not begin as a shard does; {hint}"
+
+
+def test_ids_of_another_vocabulary_are_refused_where_they_are(prepared: Path) -> None:
+    split = TokenSplit(str(prepared), read_manifest(str(prepared)), "train")
+    path = prepared / split.shards[0].file
+    ids = np.load(path, allow_pickle=False)
+    ids[[20, 45]] = 50300, 60_000
+    path.write_bytes(path.read_bytes()[: -ids.nbytes] + ids.tobytes())
+    assert split.samples(np.array([0, 1]), 8).shape == (2, 9)
+    with pytest.raises(UserError) as error:
+        split.samples(np.array([1, 5, 2]), 8)
+    assert str(error.value) == f"{path}: id 60000 at token 45: GPT-2's go up to 50256"
+    data = Mixture([Component(str(prepared), read_manifest(str(prepared)), 1)])
+    assert documents_of(MixedSplit(data, "train", 8, 1.0), np.array([5]), 9)  # a rewind names them all the same
+
+
+def test_inspect_shows_the_text_and_nothing_more(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("I :heart: you\x1b]0;owned\x07\x1b[31m, brackets [b] and\ttabs")
+    run = prepare_run(tmp_path, str(source))
+    run_prepare(run)
+    shown = CliRunner().invoke(main, ["data", "inspect", run.prepare.output]).stdout
+    assert "I :heart: you\ufffd]0;owned\ufffd\ufffd[31m, brackets [b] and" in shown

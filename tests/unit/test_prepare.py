@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2dist.config import UserError
-from gpt2dist.data import dedup, encode, near, tokenizer
+from gpt2dist.data import chunk, dedup, encode, near, sources, tokenizer
 from gpt2dist.data.inspection import verify
 from gpt2dist.data.prepare import look, prepare
 from gpt2dist.data.shards import read_manifest
@@ -355,7 +359,8 @@ def test_what_a_killed_preparation_left_beside_its_manifest_goes(tmp_path: Path)
         lambda: CliRunner().invoke(main, ["prepare", str(tmp_path / "run.toml")]),
     ):
         write(tmp_path / "out/parts/00000.json", b"{}")
-        write(tmp_path / "out/.train-00000.npy.01234567", b"half")
+        for name in ("train-00000.npy", "quarantine.jsonl", "manifest.json"):
+            write(tmp_path / f"out/.{name}.01234567", b"half")
         again()
         assert contents(tmp_path / "out") == before
 
@@ -399,3 +404,53 @@ def test_output_on_an_object_store(tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
     assert {path.removeprefix("/bucket/out/"): fs.cat(path) for path in fs.find("/bucket/out")} == local
     assert list(verify("memory://bucket/out", read_manifest("memory://bucket/out")))
+
+
+@pytest.mark.parametrize(("line", "kept"), [('{"text": "tweet %d"}', True), ('  "coordinates": %d,', False)])
+def test_memory_does_not_grow_with_the_records_of_a_chunk(tmp_path: Path, line: str, kept: bool) -> None:
+    """Short documents, and a pretty-printed file each line of which is a bad record."""
+    n = 40_000
+    source = write(tmp_path / "a.jsonl", "".join(line % i + "\n" for i in range(n)).encode())
+    run = prepare_run(tmp_path, source, on_bad_record="skip", dedup="none")
+    (tmp_path / "out").mkdir()
+    (pieces,) = sources.cut(sources.inventory(run.prepare).pieces, 10**9)
+    tokenizer.load()
+    tracemalloc.start()
+    part = chunk.tokenize_chunk(0, pieces, run.prepare)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert part.bad == (0 if kept else n)
+    assert peak < (200 * n if kept else 2e6), peak
+
+
+FULL = """
+import resource, signal, sys
+from gpt2dist.config import UserError
+from gpt2dist.data.prepare import prepare
+from tests.unit.corpora import in_process, prepare_run
+from pathlib import Path
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    prepare(prepare_run(Path(sys.argv[1]), sys.argv[2], on_bad_record="skip"), lambda _: None, in_process)
+except UserError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(("limit", "whose"), [(1000, "task"), (9000, "driver")])
+def test_a_disk_that_is_full_is_named(tmp_path: Path, limit: int, whose: str) -> None:
+    """As no more may be written: to the shards of a task, or to what the driver writes from all of them."""
+    lines_ = [*lines(*some_texts(40)).decode().splitlines(), *["no JSON"] * (60 if whose == "driver" else 0)]
+    halves = ["\n".join(lines_[i::2]).encode() for i in range(2)]
+    for i, half in enumerate(halves):
+        write(tmp_path / f"texts/{i}.jsonl", half)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(tmp_path / "texts"), str(limit)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    out = tmp_path / "out"
+    start = "prepare: " if whose == "task" else ""
+    assert done.stdout == f"{start}{out}: {os.strerror(27)}\n"
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []

@@ -117,6 +117,21 @@ def test_parquet(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     assert texts_of(run) == TEXTS
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_of_every_type_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(TEXTS).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(TEXTS, kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    run = prepare_run(tmp_path, str(tmp_path / "a.parquet"))
+    run_prepare(run)
+    assert texts_of(run) == TEXTS
+
+
+def test_parquet_with_two_columns_of_that_name(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "no text (more than one column 'text')" in failure(prepare_run(tmp_path, str(tmp_path / "a.parquet")))
+
+
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquet_string_types(tmp_path: Path, kind: pa.DataType) -> None:
     run = prepare_run(tmp_path, write_parquet(tmp_path / "a.parquet", pa.array(TEXTS).cast(kind)))
