@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEFAULT := not faults and not s3 and not slow
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup smoke demo test test-faults test-slow test-s3 check dist bench docs clean
@@ -25,7 +26,8 @@ demo: setup  ## a run that is killed, drained and resized, and its loss curve on
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash jobs/demo.sh
 
 test: setup  ## the tests, unit first
-	@$(BIN)/python -m pytest -q -m 'not faults and not s3 and not slow' tests/unit tests/distributed tests/ray tests/chaos
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m '$(DEFAULT) and not alone' tests/unit
+	@$(BIN)/python -m pytest -q -m '$(DEFAULT)' tests/unit/test_peak.py tests/distributed tests/ray tests/chaos
 
 test-faults: setup  ## a dozen kills, a machine that is taken away, a worker that hangs; also in CI; nine minutes
 	@$(BIN)/python -m pytest -q -m faults tests/ray tests/chaos

@@ -78,7 +78,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.timeout(600)
 def test_cpus_and_kills_change_no_byte(tmp_path: Path) -> None:
-    texts = make_corpus(tmp_path, megabytes=24, shard_mb=1.0)
+    texts = make_corpus(tmp_path, megabytes=14, shard_mb=0.5)
     expected = finish(start(tmp_path, "two", 2))
     assert expected["documents"] == {"read": len(texts) + 6, "kept": len(texts) + 1, "skipped": 5}
     assert finish(start(tmp_path, "one", 1)) == expected
@@ -95,7 +95,7 @@ def test_cpus_and_kills_change_no_byte(tmp_path: Path) -> None:
     rng = random.Random(11)
     parts = tmp_path / "killed/parts"
     done: dict[str, int] = {}
-    goals = sorted(rng.sample(range(1, 20), 3))
+    goals = sorted(rng.sample(range(1, 18), 3))
     for goal in goals:
         process = start(tmp_path, "killed", 2)
         least = max(goal, len(done) + 1)
@@ -103,7 +103,7 @@ def test_cpus_and_kills_change_no_byte(tmp_path: Path) -> None:
         if goal == goals[0]:
             interrupt(process)
         else:
-            time.sleep(rng.random() / 2)
+            time.sleep(rng.random() / 4)
             kill(process)
         assert not (tmp_path / "killed/manifest.json").exists()
         now = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.json")}

@@ -32,7 +32,7 @@ def order_of(sizes: list[int], weights: list[float]) -> SampleOrder:
     return SampleOrder(tiny_run(), data)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=5),
     weights=st.lists(st.floats(1e-3, 1e3), min_size=5, max_size=5),

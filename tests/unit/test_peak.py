@@ -13,6 +13,9 @@ from gpt2dist.train.peak import DTYPES, peak_flops
 from tests.conftest import tiny_run
 
 
+pytestmark = pytest.mark.alone
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
