@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from gpt2dist.config import RunConfig, UserError
 from gpt2dist.logs import JsonLines
-from gpt2dist.storage import file_size, is_local, location, publish, read_bytes, remove
+from gpt2dist.storage import StorageError, file_size, is_local, location, publish, read_bytes, remove
 
 REQUEST_FILE = "request"
 """While this file is in the run directory, the worker group saves and ends after the step that it is on."""
@@ -53,6 +54,35 @@ def ledger_log(run_dir: str) -> JsonLines:
 def events_log(run_dir: str) -> JsonLines:
     """events.jsonl: starts, commits, failures, the end."""
     return JsonLines(location(run_dir) / "events.jsonl", keys=("event", "time"))
+
+
+class Record:
+    """The logs of a run, which rank 0 of its group writes."""
+
+    def __init__(self, run_dir: str, rank: int, gather: Callable[[Any], list[Any]]) -> None:
+        """`gather`: every rank's item, in order of rank; a collective."""
+        self.rank, self.gather = rank, gather
+        self.metrics, self.ledger, self.events = metrics_log(run_dir), ledger_log(run_dir), events_log(run_dir)
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. A collective."""
+        return self.gather(value)[0]
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; what the storage does not take now waits for the next one."""
+        if self.rank == 0:
+            self.metrics.try_append(metrics)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """A line of events.jsonl, in the same way."""
+        if self.rank == 0:
+            self.events.try_append({"time": time.time(), "event": event, **fields})
+
+    def flush(self) -> None:
+        """Write the lines that wait, where the storage takes them."""
+        for log in (self.metrics, self.events):
+            with contextlib.suppress(OSError, StorageError):  # it is away, or full
+                log.flush()
 
 
 def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ learning rate, each micro-batch's dropout seed. No Ray here; a stream of batches
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import itertools
@@ -116,9 +115,7 @@ class Trainer:
         self.rank, self.world_size = engine.rank, engine.world_size
         self.data = Mixture.open(run)
         self.order = order_id(run.model_dump(mode="json"), self.data.fingerprint)
-        self.metrics = rundir.metrics_log(run.run_dir)
-        self.ledger = rundir.ledger_log(run.run_dir)
-        self.events = rundir.events_log(run.run_dir)
+        self.record = rundir.Record(run.run_dir, self.rank, engine.gather_objects)
         self.step = 0  # steps done; the next one has this number
         self.attempt = 0
         self.requests = rundir.Requests(run.run_dir)
@@ -159,7 +156,7 @@ class Trainer:
             first = reader.submit(lambda: list(itertools.islice(batches, 1)))
             if self.step == 0 and every:
                 loss = self._timed_evaluation()
-                self._event("eval", step=0, val_loss=loss, seconds=self.eval_seconds)
+                self.record.event("eval", step=0, val_loss=loss, seconds=self.eval_seconds)
             batches = itertools.chain(first.result(), batches)
         _collect_by_hand()
         end: End = "finished"
@@ -169,7 +166,7 @@ class Trainer:
             if every and (self.step == run.train.steps or (self.step % every == 0 and not wishes.hurry)):
                 metrics |= {"val_loss": self._timed_evaluation(), "eval_s": self.eval_seconds}
             self._alive()
-            self._log(metrics)
+            self.record.step(metrics)
             if self._diverged(metrics):
                 return "rewound"
             self.times.step(metrics["step_s"])
@@ -186,12 +183,12 @@ class Trainer:
         if self.step == run.stop_step:
             end = "finished" if self.step == run.train.steps else "stopped"
         counts = {"epochs": self._epochs(), "skipped": self._skipped()}
-        self._event("end", step=self.step, reason=end, finished=end == "finished", **counts)
+        self.record.event("end", step=self.step, reason=end, finished=end == "finished", **counts)
         return end
 
     def close(self) -> None:
         """Write the log lines that wait, also after a failure."""
-        self._flush()
+        self.record.flush()
         for name in ("watchdog", "saver"):  # what failed at the start of the attempt may have left them unmade
             if part := getattr(self, name, None):
                 part.close()
@@ -286,7 +283,8 @@ class Trainer:
 
         Ray may be about to resize a group when that logs a rewind; it then starts the next one by itself.
         """
-        return bool(self._agree(self.rank == 0 and rundir.with_rewinds(self.run, self.events.read()) != self.run))
+        record = self.record
+        return bool(record.agree(self.rank == 0 and rundir.with_rewinds(self.run, record.events.read()) != self.run))
 
     def restore(self) -> None:
         """Load the newest checkpoint that is whole, and open a new attempt.
@@ -297,16 +295,16 @@ class Trainer:
         """
         steps: list[int] = []
         if self.rank == 0:  # what was saved after a divergence had begun
-            checkpoint.remove_left(self.run.run_dir, self.events.read())
+            checkpoint.remove_left(self.run.run_dir, self.record.events.read())
             steps = checkpoint.steps(self.run.run_dir)
         first_problem, bad = "", set()
-        for step in self._agree(steps):
+        for step in self.record.agree(steps):
             problem = self._load(step)
             if not problem:
                 break
             first_problem = first_problem or problem
             bad.add(step)
-            self._event("bad_checkpoint", step=step, reason=problem)
+            self.record.event("bad_checkpoint", step=step, reason=problem)
         else:
             if first_problem:  # to begin again would be another run
                 checkpoint.steps(self.run.run_dir)  # raises where they went away meanwhile
@@ -332,7 +330,7 @@ class Trainer:
         self.step = self.saved_step = self.ledger_end = step
         if self.run.optim.ema_decay and not found.index.has_ema:
             self.engine.start_ema()
-            self._event("ema_started", step=step)
+            self.record.event("ema_started", step=step)
         self._log_change(found.index)
         return ""
 
@@ -355,7 +353,7 @@ class Trainer:
                 seen = ""
             except (BadCheckpoint, Misfit) as e:
                 seen = str(e)
-        if not (seen := self._agree(seen)):
+        if not (seen := self.record.agree(seen)):
             raise StorageError(f"{problem}; but another machine finds it whole: is the storage shared, and up to date?")
         return str(seen)
 
@@ -375,7 +373,7 @@ class Trainer:
             self._note(outcome)
             if outcome is None or not outcome.problem:
                 return
-            if self._agree(time.monotonic() > give_up):
+            if self.record.agree(time.monotonic() > give_up):
                 newest = f"the newest checkpoint is that of step {self.saved_step}"
                 if self.saved_step <= 0:
                     newest = "there is no checkpoint"
@@ -409,15 +407,15 @@ class Trainer:
         if outcome is None:
             return
         if outcome.problem:
-            self._event("save_failed", step=outcome.step, reason=outcome.problem)
+            self.record.event("save_failed", step=outcome.step, reason=outcome.problem)
         else:
             del self.uncommitted[: outcome.step - max(0, self.saved_step)]
             self.saved_step = outcome.step
-            self._event(
+            self.record.event(
                 "commit", step=outcome.step, seconds=outcome.seconds, work_s=outcome.work, stall_s=outcome.stall
             )
-        if (reasoning := self.times.ended(outcome)) and self.rank == 0:
-            self._event("save_interval", **reasoning)
+        if reasoning := self.times.ended(outcome):
+            self.record.event("save_interval", **reasoning)
 
     def _index(self) -> Index:
         """The index of this step, but for what the ranks will have written."""
@@ -440,34 +438,34 @@ class Trainer:
 
         ids: [world, steps, slots]; clean: the step before the bad ones that came last, to which a rewind may lead.
         """
-        starts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
+        starts = [e["attempt"] for e in self.record.events.read() if e["event"] == "start"]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
         first = index.step - ids.shape[1]
-        self.ledger.append(
+        self.record.ledger.append(
             *(
                 ledger.entry(self.run, step, ids[:, step - first], self.world_size, self.attempt, self.order)
                 for step in range(max(first, self.ledger_end), index.step)
             )
         )
         self.ledger_end = index.step
-        self.ledger.sync()
-        self.metrics.sync()
+        self.record.ledger.sync()
+        self.record.metrics.sync()
         index = index.model_copy(update={"files": written.files, "fragments": written.fragments})
         checkpoint.commit(written.directory, index)
         try:
             checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every, clean)
         except (OSError, StorageError) as e:  # it is saved all the same
-            self._event("not_deleted", step=index.step, reason=str(e))
+            self.record.event("not_deleted", step=index.step, reason=str(e))
 
     def _open_attempt(self, bad: set[int]) -> None:
         """Drop what earlier attempts left but did not commit, and log the start of this one; bad: damaged steps."""
         if self.rank == 0:
             checkpoint.clear(self.run.run_dir, self.step, bad)
-            attempts = [e["attempt"] for e in self.events.read() if e["event"] == "start"]
+            attempts = [e["attempt"] for e in self.record.events.read() if e["event"] == "start"]
             self.attempt = max(attempts, default=0) + 1
-            self.ledger.cut(lambda line: bool(line["step"] < self.step))
-            redone = self.metrics.cut(lambda line: bool(line["step"] < self.step))
+            self.record.ledger.cut(lambda line: bool(line["step"] < self.step))
+            redone = self.record.metrics.cut(lambda line: bool(line["step"] < self.step))
             start = {
                 "time": time.time(),
                 "event": "start",
@@ -479,20 +477,20 @@ class Trainer:
                 "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
                 "redone": [asdict(spent) for spent in by_attempt(redone)],
             }
-            self.events.append(start)  # without it the stream would not know where to begin
-        self.attempt = self._agree(self.attempt)
+            self.record.events.append(start)  # without it the stream would not know where to begin
+        self.attempt = self.record.agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
         train = self.run.train
         latest = max(LATEST_BYTES, LINE_BYTES * (WINDOW + train.rewind_after))
-        before = self.metrics.tail(latest, parts=2) if self.rank == 0 and train.rewind else []
+        before = self.record.metrics.tail(latest, parts=2) if self.rank == 0 and train.rewind else []
         self.divergence = Divergence(train.spike, train.rewind_after)
-        for loss, applied in self._agree([(row["loss"], is_applied(row)) for row in before]):
+        for loss, applied in self.record.agree([(row["loss"], is_applied(row)) for row in before]):
             self.divergence.add(loss, applied)
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
-        self.times = SaveTimes(self.run.checkpoint, self.saver, self.events.read() if self.rank == 0 else [])
+        self.times = SaveTimes(self.run.checkpoint, self.saver, self.record.events.read() if self.rank == 0 else [])
         if self.run.checkpoint.every_minutes == "auto":
-            self._event("save_interval", **self.times.reasoning)
+            self.record.event("save_interval", **self.times.reasoning)
 
     def _log_change(self, index: Index) -> None:
         """An event where steps train on other samples than the checkpoint's run would have."""
@@ -501,7 +499,7 @@ class Trainer:
             return
         found = changes(index.config, self.run, index.position, before, now)
         order = [change.to_json() for change in found if change.effect == "order"]
-        self._event("data_changed", step=index.step, before=before, now=now, changes=order)
+        self.record.event("data_changed", step=index.step, before=before, now=now, changes=order)
 
     # ------------------------------------------------------------------ small things
 
@@ -524,21 +522,21 @@ class Trainer:
         first = self.step - self.divergence.bad
         numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
         ranges = list(positions(*numbers, self.run.data.skip))
-        why_not = self._agree(self._no_rewind(first) if self.rank == 0 else "")
+        why_not = self.record.agree(self._no_rewind(first) if self.rank == 0 else "")
         if self.rank == 0:
-            self._flush()
+            self.record.flush()
             ids = SampleOrder(self.run, self.data).samples(*numbers)
             split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
-            self._event(
+            self.record.event(
                 "diverged" if why_not else "rewind",
                 attempt=self.attempt,
                 steps=[first, self.step],
-                losses=[row["loss"] for row in self.metrics.tail()[first - self.step :]],
+                losses=[row["loss"] for row in self.record.metrics.tail()[first - self.step :]],
                 positions=ranges,
                 samples=ids.tolist(),
                 documents=documents_of(split, ids, NAMED_DOCUMENTS),
             )
-            self.events.sync()
+            self.record.events.sync()
         self.engine.barrier()
         if why_not:
             raise Diverged(
@@ -549,7 +547,7 @@ class Trainer:
 
     def _no_rewind(self, first: int) -> str:
         """Why the group does not go back to before step `first`; nothing where it does."""
-        if (done := len(rundir.rewinds(self.events.read()))) >= self.run.train.max_rewinds:
+        if (done := len(rundir.rewinds(self.record.events.read()))) >= self.run.train.max_rewinds:
             return f"{done} rewinds have not helped"
         if rundir.saved_step(self.run.run_dir, first) and not checkpoint.is_there_up_to(self.run.run_dir, first):
             return "no checkpoint before them is left to go back to"
@@ -565,15 +563,15 @@ class Trainer:
             f"gradients were not finite in {len(steps)} steps in a row, the last being step {steps[-1]} on samples "
             f"{first} (all of them are in events.jsonl)"
         )
-        self._event("non_finite", steps=steps, samples=samples, cause=cause)
+        self.record.event("non_finite", steps=steps, samples=samples, cause=cause)
         raise Diverged(cause)
 
     def _skipped(self) -> int:
         """Skipped steps of the whole run; rank 0 only."""
         if self.rank:
             return 0
-        self._flush()
-        return sum("skipped" in line for line in self.metrics.each())
+        self.record.flush()
+        return sum("skipped" in line for line in self.record.metrics.each())
 
     def _wishes(self) -> list[float]:
         """This rank's part of `Wishes`; rank 0 speaks for all, but each has its own save."""
@@ -610,7 +608,7 @@ class Trainer:
         self.leave_at = time.monotonic() + what.leave_at - now if what.action != "lost" else float("inf")
         if what.action == "save":
             self.times.ask()
-        self._event(
+        self.record.event(
             "preemption",
             ranks=list(notice.ranks),
             nodes=list(notice.nodes),
@@ -624,22 +622,5 @@ class Trainer:
     def _to_device(self, tokens: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
 
-    def _agree(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        return self.engine.gather_objects(value)[0]
-
     def _alive(self) -> None:
         self.watchdog.beat(self.step)
-
-    def _log(self, metrics: dict[str, Any]) -> None:
-        if self.rank == 0:
-            self.metrics.try_append(metrics)
-
-    def _flush(self) -> None:
-        for log in (self.metrics, self.events):
-            with contextlib.suppress(OSError, StorageError):  # the storage is away, or full
-                log.flush()
-
-    def _event(self, event: str, **fields: Any) -> None:
-        if self.rank == 0:
-            self.events.try_append({"time": time.time(), "event": event, **fields})
