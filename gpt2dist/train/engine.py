@@ -282,21 +282,11 @@ class Engine:
         dist.all_reduce(tensor, group=self.control)
         return list(tensor.tolist())
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Stack every rank's `rows` (same shape on all, CPU): [world, *rows.shape]."""
-        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
-        dist.all_gather(parts, rows.contiguous(), group=self.control)
-        return torch.stack(parts)
-
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's `item`, in order of rank."""
         items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item, group=self.control)
         return items
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier(group=self.control)
 
     def close(self) -> None:
         """Take DeepSpeed down in order; without it a finished process now and then dies at exit."""

@@ -21,14 +21,13 @@ import torch
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
-from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, eval_ids, micro_batches, positions, stack_steps
+from gpt2dist.data.order import Ids, SampleOrder, consumed, eval_ids, micro_batches, stack_steps
 from gpt2dist.model import gpt2, hf
 from gpt2dist.storage import StorageError
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, Misfit, NoneLeft
-from gpt2dist.train.divergence import WINDOW, Divergence
+from gpt2dist.train.divergence import Guard
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.fragment import EMA
 from gpt2dist.train.index import Index
@@ -47,11 +46,6 @@ COLLECT_EVERY = 50
 NOTICE_POLL_S = 2.0
 """Between two questions whether a machine will be taken away."""
 
-LATEST_BYTES, LINE_BYTES = 1 << 17, 1024
-"""Of metrics.jsonl: well over as many steps as a loss is held against; more than a line has."""
-NAMED_DOCUMENTS = 1000
-"""Of a divergence, in events.jsonl."""
-
 End = Literal["finished", "stopped", "preempted", "resized", "rewound"]
 """Why a worker group ended on purpose; after the last three, another one goes on."""
 
@@ -62,20 +56,11 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def is_applied(row: dict[str, Any]) -> bool:
-    """Of a line of metrics: false where its gradients were not finite and fp16's loss scale is not to blame."""
-    return "skipped" not in row or "rescaled" in row
-
-
 def _collect_by_hand() -> None:
     """No garbage collection of its own from now on; what exists is left out of later ones."""
     gc.collect()
     gc.freeze()
     gc.disable()
-
-
-class Diverged(Exception):
-    """`train.max_skipped` steps in a row had non-finite gradients, or no rewind helps; the message says which."""
 
 
 def _unflatten(values: list[float], like: list[list[float]]) -> Iterator[list[float]]:
@@ -128,9 +113,8 @@ class Trainer:
         self.uncommitted: list[Ids] = []  # sample ids received in each step since the last commit
         self.saver: Saver
         self.times: SaveTimes
-        self.divergence: Divergence
+        self.guard: Guard
         self.watchdog: Watchdog
-        self.skipped: dict[int, Ids] = {}  # the same of the newest steps, where none of them was applied
         self.save_seconds = 0.0  # that saves have held up the loop since the last line of metrics
         self.profile = Profile(run, self.rank)
         self.peak = peak_flops(run, engine.device) * self.world_size
@@ -167,7 +151,9 @@ class Trainer:
                 metrics |= {"val_loss": self._timed_evaluation(), "eval_s": self.eval_seconds}
             self._alive()
             self.record.step(metrics)
-            if self._diverged(metrics):
+            if self.guard.alarm(metrics, self.uncommitted[-1]):
+                self._note(self.saver.finish(self._alive))
+                self.guard.rewind(self.step)
                 return "rewound"
             self.times.step(metrics["step_s"])
             self._save_in_background(wishes)
@@ -228,14 +214,10 @@ class Trainer:
             "time": time.time(),
         }
         self.save_seconds = 0.0
-        if result.applied:
-            self.skipped.clear()
-        else:
+        if not result.applied:
             metrics["skipped"] = True
-            if result.rescaled:
-                metrics["rescaled"] = True
-            else:
-                self.skipped[self.step] = batch.ids
+        if result.rescaled:
+            metrics["rescaled"] = True
         self.uncommitted.append(batch.ids)
         self.step += 1
         return metrics, Wishes(*wishes)
@@ -387,7 +369,7 @@ class Trainer:
         start = time.perf_counter()
         self._note(self.saver.advance(wishes.busy, wishes.failed))
         # A rewind would delete what is saved after a bad step, and retention meanwhile the one to go back to.
-        wanted = wishes.save and not self.divergence.bad
+        wanted = wishes.save and not self.guard.bad
         if wanted and not self.saver.busy and self.saved_step != self.step:
             self._begin_save()
             if not self.run.checkpoint.background:
@@ -396,9 +378,9 @@ class Trainer:
 
     def _begin_save(self) -> None:
         """Take a snapshot of this step and start writing it. A collective."""
-        everyone = self.engine.gather_rows(torch.from_numpy(stack_steps(self.uncommitted))).numpy()
+        everyone = np.stack(self.record.gather(stack_steps(self.uncommitted)))
         directory = checkpoint.step_directory(self.run.run_dir, self.step)
-        clean = self.step - self.divergence.bad
+        clean = self.step - self.guard.bad
         self.saver.begin(self.step, directory, partial(self._commit, self._index(), everyone, clean))
         self.times.begun()
 
@@ -481,12 +463,7 @@ class Trainer:
         self.attempt = self.record.agree(self.attempt)
         self.saver = Saver(self.engine, self.attempt)
         self.saver.prepare()
-        train = self.run.train
-        latest = max(LATEST_BYTES, LINE_BYTES * (WINDOW + train.rewind_after))
-        before = self.record.metrics.tail(latest, parts=2) if self.rank == 0 and train.rewind else []
-        self.divergence = Divergence(train.spike, train.rewind_after)
-        for loss, applied in self.record.agree([(row["loss"], is_applied(row)) for row in before]):
-            self.divergence.add(loss, applied)
+        self.guard = Guard(self.run, self.data, self.record, self.attempt)
         self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
         self.times = SaveTimes(self.run.checkpoint, self.saver, self.record.events.read() if self.rank == 0 else [])
         if self.run.checkpoint.every_minutes == "auto":
@@ -507,64 +484,6 @@ class Trainer:
         """How often each data set has been gone through."""
         epochs = SampleOrder(self.run, self.data).epochs(consumed(self.run.batch, self.step))
         return {c.path: n for c, n in zip(self.data.components, epochs, strict=True)}
-
-    def _diverged(self, metrics: dict[str, Any]) -> bool:
-        """Look at a step's loss and gradients; True: the group has to go back to an earlier checkpoint."""
-        train = self.run.train
-        if not train.rewind:
-            if len(self.skipped) >= train.max_skipped:
-                self._give_up()
-            return False
-        bad = self.step - 1 in self.skipped  # not where only fp16's loss scale was too large
-        if not self.divergence.add(metrics["loss"], applied=not bad):
-            return False
-        self._note(self.saver.finish(self._alive))
-        first = self.step - self.divergence.bad
-        numbers = consumed(self.run.batch, first), consumed(self.run.batch, self.step)
-        ranges = list(positions(*numbers, self.run.data.skip))
-        why_not = self.record.agree(self._no_rewind(first) if self.rank == 0 else "")
-        if self.rank == 0:
-            self.record.flush()
-            ids = SampleOrder(self.run, self.data).samples(*numbers)
-            split = MixedSplit(self.data, "train", self.run.data.seq_len, self.run.data.cache_gb)
-            self.record.event(
-                "diverged" if why_not else "rewind",
-                attempt=self.attempt,
-                steps=[first, self.step],
-                losses=[row["loss"] for row in self.record.metrics.tail()[first - self.step :]],
-                positions=ranges,
-                samples=ids.tolist(),
-                documents=documents_of(split, ids, NAMED_DOCUMENTS),
-            )
-            self.record.events.sync()
-        self.engine.barrier()
-        if why_not:
-            raise Diverged(
-                f"the loss diverged in steps {first} to {self.step - 1}, and {why_not} "
-                "(their samples are in events.jsonl)"
-            )
-        return True
-
-    def _no_rewind(self, first: int) -> str:
-        """Why the group does not go back to before step `first`; nothing where it does."""
-        if (done := len(rundir.rewinds(self.record.events.read()))) >= self.run.train.max_rewinds:
-            return f"{done} rewinds have not helped"
-        if rundir.saved_step(self.run.run_dir, first) and not checkpoint.is_there_up_to(self.run.run_dir, first):
-            return "no checkpoint before them is left to go back to"
-        return ""
-
-    def _give_up(self) -> None:
-        """Raises `Diverged` with the samples of the steps whose gradients were not finite."""
-        ids = self.engine.gather_rows(torch.from_numpy(stack_steps(list(self.skipped.values())))).numpy()
-        samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(ids.shape[1])]
-        steps = list(self.skipped)
-        first = ", ".join(map(str, samples[-1][:8])) + (", …" if len(samples[-1]) > 8 else "")
-        cause = (
-            f"gradients were not finite in {len(steps)} steps in a row, the last being step {steps[-1]} on samples "
-            f"{first} (all of them are in events.jsonl)"
-        )
-        self.record.event("non_finite", steps=steps, samples=samples, cause=cause)
-        raise Diverged(cause)
 
     def _skipped(self) -> int:
         """Skipped steps of the whole run; rank 0 only."""

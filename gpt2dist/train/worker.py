@@ -57,8 +57,9 @@ def root_cause(error: BaseException) -> BaseException:
 def _train(run: RunConfig) -> str:
     # Here, because the driver imports this module too, and DeepSpeed looks for devices when it is imported.
     from gpt2dist.train.checkpoint import NoneLeft
+    from gpt2dist.train.divergence import Diverged
     from gpt2dist.train.engine import Engine
-    from gpt2dist.train.trainer import Diverged, NotSaved, Trainer
+    from gpt2dist.train.trainer import NotSaved, Trainer
 
     engine = Engine(run, ray.train.torch.get_device())
     with contextlib.closing(engine):

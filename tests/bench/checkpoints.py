@@ -181,12 +181,12 @@ def loads(runs: list[RunConfig], rounds: int) -> list[list[float]]:
     engine = Engine(runs[0], torch.device("cpu"))
 
     def load(run: RunConfig) -> float:
-        engine.barrier()
+        engine.gather_objects(None)  # all ranks at once
         start = time.perf_counter()
         found = checkpoint.open_step(run.run_dir, 1)
         checkpoint.load(found, engine.fragments(owned=False))
         engine.state_changed()
-        engine.barrier()
+        engine.gather_objects(None)
         return time.perf_counter() - start
 
     result = [[load(run) for run in runs] for _ in range(rounds + 1)]

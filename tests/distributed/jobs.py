@@ -17,10 +17,11 @@ from gpt2dist.model import gpt2
 from gpt2dist.storage import StorageError
 from gpt2dist.train import rundir
 from gpt2dist.train.checkpoint import newest
+from gpt2dist.train.divergence import Diverged
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.notice import Notice
 from gpt2dist.train.optim import learning_rate
-from gpt2dist.train.trainer import Diverged, Trainer
+from gpt2dist.train.trainer import Trainer
 
 
 def train_runs(runs: list[RunConfig]) -> list[dict[str, Any]]:
