@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -23,22 +23,19 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.data.order import Ids, SampleOrder, consumed, eval_ids, micro_batches, stack_steps
-from gpt2dist.model import gpt2, hf
+from gpt2dist.model import gpt2
 from gpt2dist.storage import StorageError
-from gpt2dist.train import checkpoint, ledger, rundir
-from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, Misfit, NoneLeft
+from gpt2dist.train import checkpoint, ledger, restore, rundir
 from gpt2dist.train.divergence import Guard
 from gpt2dist.train.engine import Engine
-from gpt2dist.train.fragment import EMA
 from gpt2dist.train.index import Index
 from gpt2dist.train.notice import Notice, plan
 from gpt2dist.train.optim import learning_rate
 from gpt2dist.train.peak import peak_flops
 from gpt2dist.train.profile import Profile
-from gpt2dist.train.resume import changes, order_id
+from gpt2dist.train.resume import order_id
 from gpt2dist.train.saver import Outcome, Saver, Written
 from gpt2dist.train.savetimes import SaveTimes
-from gpt2dist.train.spent import by_attempt
 from gpt2dist.train.watchdog import Watchdog
 
 COLLECT_EVERY = 50
@@ -261,83 +258,24 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def is_outdated(self) -> bool:
-        """Whether a rewind has left out samples of which this group was not told. A collective.
-
-        Ray may be about to resize a group when that logs a rewind; it then starts the next one by itself.
-        """
-        record = self.record
-        return bool(record.agree(self.rank == 0 and rundir.with_rewinds(self.run, record.events.read()) != self.run))
+        """Whether this group was not told of all rewinds. A collective."""
+        return restore.is_outdated(self.run, self.record)
 
     def restore(self) -> None:
-        """Load the newest checkpoint that is whole, and open a new attempt.
+        """Load the newest checkpoint that is whole, and open a new attempt. A collective; raises like `restore.start`.
 
-        Raises:
-            NoneLeft: there are some, but all are damaged.
-            OSError, StorageError: they are away, or cannot be read now: that is no damage.
+        `step` is then the one to begin with.
         """
-        steps: list[int] = []
-        if self.rank == 0:  # what was saved after a divergence had begun
-            checkpoint.remove_left(self.run.run_dir, self.record.events.read())
-            steps = checkpoint.steps(self.run.run_dir)
-        first_problem, bad = "", set()
-        for step in self.record.agree(steps):
-            problem = self._load(step)
-            if not problem:
-                break
-            first_problem = first_problem or problem
-            bad.add(step)
-            self.record.event("bad_checkpoint", step=step, reason=problem)
-        else:
-            if first_problem:  # to begin again would be another run
-                checkpoint.steps(self.run.run_dir)  # raises where they went away meanwhile
-                raise NoneLeft(self.run.run_dir, first_problem)
-            if self.run.model.init_from:
-                self.engine.set_weights(hf.read_weights(self.run.model.init_from))
-        self._open_attempt(bad)
-
-    def _load(self, step: int) -> str:
-        """Load a checkpoint; what is wrong with it, if so: the engine then holds a part of it. A collective."""
-        problem, found = "", None
-        try:
-            found = self._open(step)
-            fragments = self.engine.fragments(owned=False)
-            checkpoint.load(found, [f for f in fragments if f.kind != EMA or found.index.has_ema])
-        except (BadCheckpoint, Misfit) as e:
-            problem = str(e)
-        if problems := [p for p in self.engine.gather_objects(problem) if p]:
-            return self._damage(step, problems[0])
-        assert found is not None
-        self.engine.state_changed()
-        self.engine.load_scalars(found.index.scalars)
-        self.step = self.saved_step = self.ledger_end = step
-        if self.run.optim.ema_decay and not found.index.has_ema:
-            self.engine.start_ema()
-            self.record.event("ema_started", step=step)
-        self._log_change(found.index)
-        return ""
-
-    def _open(self, step: int) -> Checkpoint:
-        """A checkpoint of this model; its files are not looked at. Raises `BadCheckpoint`, `Misfit`."""
-        found = checkpoint.open_step(self.run.run_dir, step)
-        checkpoint.check_fits(found, gpt2.parameter_shapes(self.engine.model_config), self.run.name)
-        return found
-
-    def _damage(self, step: int, problem: str) -> str:
-        """What rank 0 finds wrong with a checkpoint that some rank could not load: it may delete it. A collective.
-
-        Raises:
-            StorageError: nothing: the other machine sees another storage, or an older view of it.
-        """
-        seen = problem
-        if self.rank == 0:
-            try:
-                checkpoint.verify(self._open(step))
-                seen = ""
-            except (BadCheckpoint, Misfit) as e:
-                seen = str(e)
-        if not (seen := self.record.agree(seen)):
-            raise StorageError(f"{problem}; but another machine finds it whole: is the storage shared, and up to date?")
-        return str(seen)
+        run, record = self.run, self.record
+        self.saved_step, self.attempt = restore.start(run, self.engine, self.data, record)
+        self.step = self.ledger_end = max(0, self.saved_step)
+        self.saver = Saver(self.engine, self.attempt)
+        self.saver.prepare()
+        self.guard = Guard(run, self.data, record, self.attempt)
+        self.watchdog = Watchdog(run, self.rank, self.attempt, record.gather)
+        self.times = SaveTimes(run.checkpoint, self.saver, record.events.read() if self.rank == 0 else [])
+        if run.checkpoint.every_minutes == "auto":
+            record.event("save_interval", **self.times.reasoning)
 
     def save(self) -> None:
         """Wait until the state of the current step is committed. A collective.
@@ -439,44 +377,6 @@ class Trainer:
             checkpoint.prune(self.run.run_dir, self.run.checkpoint.keep, self.run.checkpoint.keep_every, clean)
         except (OSError, StorageError) as e:  # it is saved all the same
             self.record.event("not_deleted", step=index.step, reason=str(e))
-
-    def _open_attempt(self, bad: set[int]) -> None:
-        """Drop what earlier attempts left but did not commit, and log the start of this one; bad: damaged steps."""
-        if self.rank == 0:
-            checkpoint.clear(self.run.run_dir, self.step, bad)
-            attempts = [e["attempt"] for e in self.record.events.read() if e["event"] == "start"]
-            self.attempt = max(attempts, default=0) + 1
-            self.record.ledger.cut(lambda line: bool(line["step"] < self.step))
-            redone = self.record.metrics.cut(lambda line: bool(line["step"] < self.step))
-            start = {
-                "time": time.time(),
-                "event": "start",
-                "attempt": self.attempt,
-                "step": self.step,
-                "world_size": self.world_size,
-                "zero_stage": self.run.train.zero_stage,
-                "redone_steps": len(redone),
-                "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
-                "redone": [asdict(spent) for spent in by_attempt(redone)],
-            }
-            self.record.events.append(start)  # without it the stream would not know where to begin
-        self.attempt = self.record.agree(self.attempt)
-        self.saver = Saver(self.engine, self.attempt)
-        self.saver.prepare()
-        self.guard = Guard(self.run, self.data, self.record, self.attempt)
-        self.watchdog = Watchdog(self.run, self.rank, self.attempt, self.engine.gather_objects)
-        self.times = SaveTimes(self.run.checkpoint, self.saver, self.record.events.read() if self.rank == 0 else [])
-        if self.run.checkpoint.every_minutes == "auto":
-            self.record.event("save_interval", **self.times.reasoning)
-
-    def _log_change(self, index: Index) -> None:
-        """An event where steps train on other samples than the checkpoint's run would have."""
-        before, now = index.data_fingerprint, self.data.fingerprint
-        if order_id(index.config, before) == self.order:
-            return
-        found = changes(index.config, self.run, index.position, before, now)
-        order = [change.to_json() for change in found if change.effect == "order"]
-        self.record.event("data_changed", step=index.step, before=before, now=now, changes=order)
 
     # ------------------------------------------------------------------ small things
 

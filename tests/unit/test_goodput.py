@@ -42,7 +42,7 @@ class Log:
         self.event("launch", startup, began=began)
 
     def start(self, step: int, after: float, workers: int = 2) -> None:
-        """As `Trainer._open_attempt` does it: lines of steps that were not committed go, their sums stay."""
+        """As `restore._open_attempt` does it: lines of steps that were not committed go, their sums stay."""
         self.attempt += 1
         dropped = [m for m in self.metrics if m["step"] >= step]
         self.metrics = [m for m in self.metrics if m["step"] < step]

@@ -15,7 +15,12 @@ LAYERS = [
     ["gpt2dist.cluster", "gpt2dist.report", "gpt2dist.train.launch", "gpt2dist.train.evaluation"],
     ["gpt2dist.train.worker", "gpt2dist.train.preflight", "gpt2dist.train.reservation", "gpt2dist.data.prepare"],
     ["gpt2dist.train.trainer", "gpt2dist.train.saved", "gpt2dist.data.stream"],
-    ["gpt2dist.train.divergence", "gpt2dist.train.savetimes", "gpt2dist.train.watchdog"],
+    [
+        "gpt2dist.train.divergence",
+        "gpt2dist.train.restore",
+        "gpt2dist.train.savetimes",
+        "gpt2dist.train.watchdog",
+    ],
     ["gpt2dist.train.saver"],
     ["gpt2dist.train.engine", "gpt2dist.train.checkpoint", "gpt2dist.train.ledger"],
     [
