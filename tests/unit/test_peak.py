@@ -12,7 +12,6 @@ from gpt2dist.model.linear import product_dtype
 from gpt2dist.train.peak import DTYPES, peak_flops
 from tests.conftest import tiny_run
 
-
 pytestmark = pytest.mark.alone
 
 
