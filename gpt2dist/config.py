@@ -459,6 +459,12 @@ class RunConfig(Section):
         return {path: 1.0} if path else {}
 
     @property
+    def shared_places(self) -> list[tuple[str, str]]:
+        """(key, location) of what all nodes have to reach."""
+        key = "data.path" if self.data.path else "prepare.output"
+        return [("storage", self.storage), *((key, path) for path in self.data_paths)]
+
+    @property
     def stop_step(self) -> int:
         """The step after which this invocation stops."""
         return self.train.stop_at or self.train.steps

@@ -67,9 +67,7 @@ class Job:
 
 def check_places(run: RunConfig, source: str) -> None:
     """Raises `UserError` where a job would write to, or read from, its own working directory, which Ray deletes."""
-    places = {"storage": run.storage}
-    places |= {"data.path" if run.data.path else "prepare.output": path for path in run.data_paths}
-    for key, place in places.items():
+    for key, place in run.shared_places:
         if "://" not in place and not os.path.isabs(place):
             raise UserError(
                 f'{source}: {key} = "{place}" is relative: a job has a directory of its own, which goes away with it; '

@@ -737,6 +737,11 @@ def test_a_run_that_does_not_fit_is_found(repository: Path, name: str) -> None:
     assert findings[0].line is not None
 
 
+def test_every_data_set_of_a_mixture_has_to_be_shared(repository: Path) -> None:
+    run = (RUN_124M, 'data.path={"/fsx/a"=1, "s3://b/c"=2}')
+    assert [(f.rule, f.key) for f in found(repository, CLUSTER, *run)] == [("shared-storage", "data.path")]
+
+
 def test_a_network_file_system_is_shared_storage(repository: Path) -> None:
     run = (RUN_124M, "storage=/fsx/runs", "prepare.output=/fsx/data")
     assert {f.rule for f in found(repository, CLUSTER, *run)} == {"shared-storage"}

@@ -133,6 +133,7 @@ def test_what_cannot_be_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"data__path": "data"}, 'x.toml: data.path = "data" is relative'),
         ({"data__path": "", "prepare__output": "data"}, 'x.toml: prepare.output = "data" is relative'),
         ({"data__path": {"/a": 1.0, "b": 2.0}}, 'x.toml: data.path = "b" is relative'),
+        ({"data__path": {"b": 1.0, "/a": 2.0}}, 'x.toml: data.path = "b" is relative'),
     ],
 )
 def test_a_job_may_not_write_into_its_own_directory(changes: dict[str, object], message: str) -> None:

@@ -54,11 +54,8 @@ def check(document: Document, run_file: RunFile, cluster: Cluster) -> None:
 def _shared(run_file: RunFile, cluster: Cluster) -> None:
     """The head runs no workers, so every run here has at least two nodes."""
     run = run_file.run
-    places = {"storage": run.storage}
-    places |= {"data.path" if run.data.path else "prepare.output": path for path in run.data_paths}
-    if run.model.init_from.startswith(("/", ".", "~")):
-        places["model.init_from"] = run.model.init_from
-    for key, place in places.items():
+    init = [("model.init_from", run.model.init_from)] if run.model.init_from.startswith(("/", ".", "~")) else []
+    for key, place in [*run.shared_places, *init]:
         inside = any(place == mount or place.startswith(mount.rstrip("/") + "/") for mount in cluster.mounts)
         if "://" not in place and not inside:
             run_file.add(
