@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -88,11 +89,15 @@ def check_address(address: str) -> str:
         host, port = parts.hostname, parts.port
     except ValueError:  # brackets or a port that are none
         parts, host, port = urlsplit(""), None, None
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host or re.search(r"\s", address):
         raise UserError(f"address: {_shown(address)}: give the URL of the cluster's dashboard, http://HOST:8265")
     if "@" in parts.netloc:
         raise UserError(f"address: {_shown(address)}: give no password in it; Ray's token: see docs/jobs.md")
+    if "?" in address or "#" in address:
+        raise UserError(f"address: {_shown(address)}: nothing may follow it, from ? or # on")
     if port is None and parts.scheme == "http":
+        if parts.path:
+            raise UserError(f"address: {url}: give the port too, before the path: http://HOST:8265{parts.path}")
         url += ":8265"
     if parts.scheme == "http" and not _is_loopback(host) and not has_token():
         raise UserError(
@@ -104,9 +109,13 @@ def check_address(address: str) -> str:
 
 
 def _shown(address: str) -> str:
-    """Without a password."""
-    scheme, separator, rest = address.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    """Without a password, query or fragment."""
+    start = re.match(r"\w*://|", address)
+    assert start
+    rest = address[start.end() :]
+    if re.search(r"[?#].*@", rest, re.DOTALL):  # a password with such a sign, or a query with an @
+        return f"{start[0]}…"
+    return start[0] + re.split(r"[?#]", rest)[0].rpartition("@")[2]
 
 
 def _is_loopback(host: str) -> bool:
@@ -134,20 +143,26 @@ def pack(run: RunConfig, include: tuple[str, ...], target: Path) -> str:
     include: files and directories below the present one; they lie at the same relative path for the job.
 
     Raises:
-        UserError: one is missing or elsewhere, or all together are too large for Ray.
+        UserError: one is missing, elsewhere or unreadable, or all together are too large for Ray.
     """
-    shutil.copytree(Path(gpt2dist.__file__).parent, target / "gpt2dist", ignore=shutil.ignore_patterns("__pycache__"))
+    # Ray leaves out what a .gitignore in the package names, though it was asked for.
+    ignore = shutil.ignore_patterns("__pycache__", ".gitignore")
+    shutil.copytree(Path(gpt2dist.__file__).parent, target / "gpt2dist", ignore=ignore)
     for name in include:
         path = Path(name)
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"--include {name}: give a path below the present directory")
         if not path.exists():
             raise UserError(f"--include {name}: no such file")
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            shutil.copytree(path, target / path, dirs_exist_ok=True)
-        else:
-            shutil.copy(path, target / path)
+        try:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, target / path, ignore=ignore, dirs_exist_ok=True)
+            elif path.name != ".gitignore":
+                shutil.copy(path, target / path)
+        except OSError as e:  # copytree goes on, and raises a list of what it could not copy: a broken link
+            several = isinstance(e, shutil.Error) and e.args and isinstance(e.args[0], list)
+            raise UserError(f"--include {name}: {e.args[0][0][2] if several else e}") from None
     run_file = f"{run.name}.toml"
     (target / run_file).write_text(run.to_toml(), encoding="utf-8")
     sizes = {path.relative_to(target): path.stat().st_size for path in target.rglob("*") if path.is_file()}
@@ -187,10 +202,14 @@ class JobClient:
         return sorted(wanted, key=lambda job: (job.started or 0.0, job.attempt))
 
     def find(self, name: str) -> Job:
-        """The newest attempt of a run, or else the job with an id. Raises `UserError`."""
+        """The newest attempt of a run, or else the job with an id. Raises `UserError`, also where a name is both."""
         jobs = self.jobs()
-        found = [*(job for job in reversed(jobs) if job.run == name), *(job for job in jobs if job.id == name)]
-        if found:
+        of_run = [job for job in reversed(jobs) if job.run == name]
+        with_id = [job for job in jobs if job.id == name]
+        if of_run and with_id and with_id[0].run not in ("", name):
+            other = with_id[0].run
+            raise UserError(f"{name}: a run, and a job of the run {other}: give {of_run[0].id} or {other}")
+        if found := of_run or with_id:
             return found[0]
         known = ", ".join(sorted({job.run or job.id for job in jobs})) or "none"
         raise UserError(f"{name}: no such run or job at {self.address}; known: {known}")

@@ -96,8 +96,9 @@ def _follow(client: Any, job: Any, as_json: bool) -> Any:
     try:
         return client.follow(job.id, lambda text: click.echo(text, nl=False, err=as_json))
     except KeyboardInterrupt:
+        name = job.run or job.id  # not the id, which may be another run's name
         click.echo(
-            f"\n{job.id} goes on; to end it, saved: gpt2dist jobs stop {job.id} --address {client.address}", err=True
+            f"\n{job.id} goes on; to end it, saved: gpt2dist jobs stop {name} --address {client.address}", err=True
         )
         sys.exit(0)
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from gpt2dist.cli import main
 from gpt2dist.cluster import jobs
 from gpt2dist.cluster.jobs import check_address, check_places, has_token, pack
+from gpt2dist.commands.jobs import _follow
 from gpt2dist.config import UserError, load_run
 from tests.conftest import ROOT, tiny_run
 
@@ -79,6 +80,11 @@ def test_token_is_found_where_ray_finds_it(no_token: Path, monkeypatch: pytest.M
         ("http://[::1", "address: http://[::1: give the URL of the cluster's dashboard"),
         ("http://head:port", "address: http://head:port: give the URL of the cluster's dashboard"),
         ("https://me:pass@head", "address: https://head: give no password in it"),
+        ("https://me:pass@he?ad@x", "address: https://…: give no password in it"),
+        ("https://head/?token=pass@", "address: https://…: nothing may follow it, from ? or # on"),
+        ("http://127.0.0.1:8265/#/jobs", "address: http://127.0.0.1:8265/: nothing may follow it"),
+        ("http://127.0.0.1/ray", "address: http://127.0.0.1/ray: give the port too, before the path"),
+        ("my head:8265", "address: my head:8265: give the URL of the cluster's dashboard"),
     ],
 )
 def test_addresses_that_are_none(no_token: Path, address: str, message: str) -> None:
@@ -124,6 +130,25 @@ def test_what_cannot_be_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"--include {name}: .*{message}"):
         pack(tiny_run(), (name,), tmp_path / "package")
+
+
+def test_what_git_ignores_is_packed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray reads .gitignore in the package, and leaves out what it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in (".gitignore", "texts/.gitignore", "texts/a.txt"):
+        (tmp_path / name).write_text("*\n")
+    pack(tiny_run(), ("texts", ".gitignore"), target := tmp_path / "package")
+    assert (target / "texts" / "a.txt").exists()
+    assert list(target.rglob(".gitignore")) == []
+
+
+def test_a_broken_link_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="--include texts: .*texts/link"):
+        pack(tiny_run(), ("texts",), tmp_path / "package")
 
 
 @pytest.mark.parametrize(
@@ -204,15 +229,30 @@ def test_storage_that_is_away_when_a_dead_driver_is_started_again_is_no_mistake(
     assert (tmp_path / "starts").read_text() == "xxxx"
 
 
-def test_a_run_comes_before_a_job_of_another_run_whose_id_is_its_name() -> None:
+def test_a_name_of_a_run_and_of_another_runs_job_is_refused() -> None:
     client = object.__new__(jobs.JobClient)
     client.jobs = lambda run="": [  # type: ignore[method-assign]
         jobs.Job("exp-1-1", "exp-1", 1, "RUNNING"),
         jobs.Job("exp-1", "exp", 1, "RUNNING"),  # the newer one
     ]
-    assert client.find("exp-1").run == "exp-1"
+    client.address = "http://head:8265"
+    with pytest.raises(UserError, match="exp-1: a run, and a job of the run exp: give exp-1-1 or exp"):
+        client.find("exp-1")
     assert client.find("exp").id == "exp-1"
     assert client.find("exp-1-1").run == "exp-1"
+
+
+def test_the_hint_names_the_run_whose_id_may_be_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+    client = object.__new__(jobs.JobClient)
+    client.address = "http://head:8265"
+
+    def follow(job_id: str, write: object) -> jobs.Job:
+        raise KeyboardInterrupt
+
+    client.follow = follow  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        _follow(client, jobs.Job("exp-1", "exp", 1, "RUNNING"), as_json=False)
+    assert "gpt2dist jobs stop exp --address http://head:8265" in capsys.readouterr().err
 
 
 def test_stopped_driver_is_waited_for_and_not_started_again(tmp_path: Path) -> None:
