@@ -324,9 +324,15 @@ def compare(run: RunConfig, faults: list[str], seed: int, say: Callable[[str], N
 
 
 def with_faults(run: RunConfig, faults: list[str], seed: int) -> tuple[RunConfig, list[tuple[int, str]]]:
-    """The run with its bad gradients (`train.nan_at`), and the (step, fault) of what comes from outside."""
+    """The run with its bad gradients (`train.nan_at`), and the (step, fault) of what comes from outside.
+
+    Raises:
+        UserError: there are too few steps, so that several would be spoilt at once, which is one fault.
+    """
     plan = schedule(faults, run.stop_step, seed)
     spoilt = [step for step, fault in plan if fault == NAN]
+    if len(set(spoilt)) < len(spoilt):
+        raise UserError(f"--faults: {len(faults)} of them do not fit into {run.stop_step} steps: raise train.steps")
     run = run.model_copy(update={"train": run.train.model_copy(update={"nan_at": spoilt})})
     return run, [(step, fault) for step, fault in plan if fault != NAN]
 

@@ -19,7 +19,7 @@ def node_types(path: str, known: Machines) -> tuple[list[Candidate], Machine | N
     """The worker node types of a cluster file, and the head's machine where its instance type is known.
 
     Raises:
-        UserError: not such a file, or a worker's instance type is missing or unknown.
+        UserError: not such a file, one without workers, or a worker's instance type is missing or unknown.
     """
     table = _read(path)
     types, head_name = table["available_node_types"], table.get("head_node_type")
@@ -38,6 +38,8 @@ def node_types(path: str, known: Machines) -> tuple[list[Candidate], Machine | N
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         found.append(Candidate(name, instance, machine, most))
+    if not found:
+        raise UserError(f"{path}: available_node_types: no node type for workers")
     head = known.machines.get(_instance_type(types.get(head_name, {})))
     return found, head
 

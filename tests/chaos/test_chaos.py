@@ -71,6 +71,13 @@ def test_the_schedule_depends_on_the_seed_alone() -> None:
     assert len({tuple(chaos.schedule(faults, 100, seed)) for seed in range(10)}) > 5
 
 
+def test_two_faults_of_one_step_that_count_as_one_are_refused(tmp_path: Path) -> None:
+    short = tiny_run(storage=str(tmp_path), train__steps=3)
+    with pytest.raises(UserError, match="--faults: 4 of them do not fit into 3 steps: raise train.steps"):
+        chaos.with_faults(short, ["nan"] * 4, 0)
+    assert chaos.with_faults(short, ["nan"] * 3, 0)[0].train.nan_at == [0, 1, 2]
+
+
 def test_how_long_a_run_has_to_be_for_its_faults(tmp_path: Path) -> None:
     run = tiny_run(storage=str(tmp_path), train__steps=100)
     rundir.metrics_log(run.run_dir).append(*({"step": step, "step_s": 0.1} for step in range(100)))

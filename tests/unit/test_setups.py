@@ -453,6 +453,7 @@ def test_mistakes_are_one_line(args: list[str], message: str, tmp_path: Path, mo
         (("max_workers: 6", "max_workers: -1"), "max_workers: a number of machines, got -1"),
         (("available_node_types", "node_types"), "not a cluster file of `ray up`: no available_node_types"),
         (("max_workers: 6", "max_workers: [6"), "not valid YAML: "),
+        ((CLUSTER[CLUSTER.index("  gpu:") :], ""), "available_node_types: no node type for workers"),
     ],
 )
 def test_mistakes_in_a_cluster_file(cluster: Path, change: tuple[str, str], message: str) -> None:
