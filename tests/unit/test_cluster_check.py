@@ -166,6 +166,14 @@ MISTAKES = {
         f"{A100}.node_config.InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior",
         "terminate",
     ),
+    "a persistent request that terminates": Mistake(
+        CLUSTER,
+        "SpotInstanceType: one-time",
+        "SpotInstanceType: persistent",
+        "node-config",
+        f"{A100}.node_config.InstanceMarketOptions.SpotOptions.SpotInstanceType",
+        "one-time",
+    ),
     "typo in the provider": Mistake(
         CLUSTER,
         "use_internal_ips: false",
@@ -287,6 +295,22 @@ MISTAKES = {
         f"{A100}.min_workers",
         "min_workers: 0",
         "warning",
+    ),
+    "more machines at least than at most": Mistake(
+        CLUSTER,
+        "    min_workers: 0\n    max_workers: 4",
+        "    min_workers: 9\n    max_workers: 4",
+        "min-workers",
+        f"{A100}.min_workers",
+        "min_workers: 0",
+    ),
+    "fewer machines than none": Mistake(
+        CLUSTER,
+        "    min_workers: 0\n    max_workers: 4",
+        "    min_workers: -1\n    max_workers: 4",
+        "min-workers",
+        f"{A100}.min_workers",
+        "min_workers: 0",
     ),
     "no workers at all": Mistake(CLUSTER, "max_workers: 12", "max_workers: 0", "max-workers", "max_workers", "raise"),
     "idle for hours": Mistake(
@@ -549,6 +573,56 @@ MISTAKES = {
         "spec.headGroupSpec.template.spec.nodeSelector.karpenter.sh/capacity-type",
         "on-demand",
     ),
+    "head on a spot node by affinity": Mistake(
+        FLEET,
+        "nodeSelector: {karpenter.sh/capacity-type: on-demand}",
+        "affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: "
+        "[{matchExpressions: [{key: karpenter.sh/capacity-type, operator: In, values: [spot]}]}]}}}",
+        "spot-head",
+        "spec.headGroupSpec.template.spec.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution."
+        "nodeSelectorTerms[0].matchExpressions[0]",
+        "on-demand",
+    ),
+    "a mount of no volume": Mistake(
+        FLEET,
+        "- {name: shm, mountPath: /dev/shm}",
+        "- {name: shm, mountPath: /dev/shm}\n              - {name: data, mountPath: /data}",
+        "volumes",
+        "spec.headGroupSpec.template.spec.containers[0].volumeMounts[1].name",
+        "add it to volumes",
+    ),
+    "no container": Mistake(
+        FLEET,
+        "        containers:\n          - name: ray-head",
+        "        containers: []\n        initContainers:\n          - name: ray-head",
+        "kuberay-schema",
+        "spec.headGroupSpec.template.spec.containers",
+        "Ray's",
+    ),
+    "more requested than the limit": Mistake(
+        FLEET,
+        'requests: {cpu: "90"',
+        'requests: {cpu: "90500m"',
+        "resources",
+        "spec.workerGroupSpecs[0].template.spec.containers[0].resources.requests.cpu",
+        "cpu: 90",
+    ),
+    "fewer GPUs requested than the limit": Mistake(
+        FLEET,
+        'requests: {cpu: "90", memory: 1050Gi, ephemeral-storage: 150Gi, nvidia.com/gpu: "8"}',
+        'requests: {cpu: "90", memory: 1050Gi, ephemeral-storage: 150Gi, nvidia.com/gpu: "4"}',
+        "resources",
+        "spec.workerGroupSpecs[0].template.spec.containers[0].resources.requests.nvidia.com/gpu",
+        "nvidia.com/gpu: 8",
+    ),
+    "an amount that is none": Mistake(
+        FLEET,
+        'limits: {cpu: "3", memory: 14Gi',
+        'limits: {cpu: "3", memory: 14GB',
+        "resources",
+        "spec.headGroupSpec.template.spec.containers[0].resources.limits.memory",
+        "Gi",
+    ),
     "a key in the environment": Mistake(
         FLEET,
         '{name: RAY_USAGE_STATS_ENABLED, value: "0"}',
@@ -603,6 +677,16 @@ MISTAKES = {
     ),
     "the old API": Mistake(
         JOB, "apiVersion: ray.io/v1\n", "apiVersion: ray.io/v1alpha1\n", "kuberay-schema", "apiVersion", "ray.io/v1"
+    ),
+    "a kind that KubeRay does not have": Mistake(
+        FLEET, "kind: RayCluster", "kind: Raycluster", "kuberay-schema", "kind", "did you mean RayCluster?"
+    ),
+    "a kind that is not checked": Mistake(
+        FLEET, "kind: RayCluster", "kind: RayService", "kuberay-schema", "kind", "kubectl", "warning"
+    ),
+    "no kind": Mistake(JOB, "kind: RayJob\n", "", "kuberay-schema", "kind", "add it"),
+    "no version of the API": Mistake(
+        JOB, "apiVersion: ray.io/v1\n", "", "kuberay-schema", "apiVersion", "apiVersion: ray.io/v1"
     ),
     "name too long": Mistake(JOB, "name: gpt2-124m", f"name: {'x' * 50}", "kuberay-name", "metadata.name", "name:"),
 }
@@ -694,6 +778,16 @@ MISFITS = {
         "cpus_per_worker = 11",
         "warning",
     ),
+    "GPUs idle on a machine with fewer CPUs": Misfit(
+        ("cluster.cpus_per_worker=1",),
+        "idle-gpus",
+        RUN_124M,
+        "cluster.cpus_per_worker",
+        "4 of its 8 GPUs",
+        "cpus_per_worker = 0.37",
+        "warning",
+        cluster=("resources: {CPU: 96, GPU: 8}", "resources: {CPU: 4, GPU: 8}"),
+    ),
     "a last machine that is half empty": Misfit(
         ("cluster.workers=12",), "division", RUN_124M, "cluster.workers", "the last has 4", "multiple of 8", "warning"
     ),
@@ -705,6 +799,16 @@ MISFITS = {
         "none is left",
         "cpus_per_worker = 11",
         "warning",
+    ),
+    "no CPU for the stream, of few": Misfit(
+        ("cluster.cpus_per_worker=1",),
+        "data-cpus",
+        RUN_124M,
+        "cluster.cpus_per_worker",
+        "none is left",
+        "cpus_per_worker = 0.87",
+        "warning",
+        cluster=("resources: {CPU: 96, GPU: 8}", "resources: {CPU: 8, GPU: 8}"),
     ),
     "GPUs that are not used": Misfit(
         ("cluster.gpus_per_worker=0", 'cluster.accelerator=""', "cluster.cpus_per_worker=8"),
@@ -742,6 +846,10 @@ def test_every_data_set_of_a_mixture_has_to_be_shared(repository: Path) -> None:
     assert [(f.rule, f.key) for f in found(repository, CLUSTER, *run)] == [("shared-storage", "data.path")]
 
 
+def test_the_readme_counts_the_planted_mistakes() -> None:
+    assert f" {len(MISTAKES) + len(MISFITS)} planted mistakes" in (ROOT / "README.md").read_text()
+
+
 def test_a_network_file_system_is_shared_storage(repository: Path) -> None:
     run = (RUN_124M, "storage=/fsx/runs", "prepare.output=/fsx/data")
     assert {f.rule for f in found(repository, CLUSTER, *run)} == {"shared-storage"}
@@ -777,6 +885,100 @@ def test_kuberay_takes_a_request_of_cpus_for_a_limit(repository: Path) -> None:
     manifest = repository / FLEET
     manifest.write_text(re.sub(r'limits: \{cpu: "\d+", ', "limits: {", manifest.read_text()))
     assert found(repository, FLEET, RUN_124M) == []
+
+
+def test_machines_of_a_group_may_have_several_hosts(repository: Path) -> None:
+    manifest = repository / FLEET
+    text = manifest.read_text().replace("maxReplicas: 4", "maxReplicas: 1")
+    manifest.write_text(text)
+    assert {f.rule for f in found(repository, FLEET, RUN_124M, "cluster.workers=32")} == {"fit"}
+    manifest.write_text(text.replace("maxReplicas: 1\n", "maxReplicas: 1\n      numOfHosts: 4\n"))
+    assert found(repository, FLEET, RUN_124M, "cluster.workers=32") == []
+
+
+def test_no_grace_is_told_as_none(repository: Path) -> None:
+    manifest = repository / FLEET
+    grace = "terminationGracePeriodSeconds: "
+    manifest.write_text(manifest.read_text().replace(f"{grace}115", f"{grace}0", 1))
+    assert [f.what[:16] for f in found(repository, FLEET)] == ["0 s, but Ray dra"]
+
+
+def test_an_affinity_that_leaves_a_choice_is_no_spot_head(repository: Path) -> None:
+    manifest = repository / FLEET
+    spot, other = (
+        f"{{matchExpressions: [{{key: {key}, operator: In, values: [spot]}}]}}"
+        for key in ("karpenter.sh/capacity-type", "example.com/pool")
+    )
+    for terms, rules in (([spot, other], set()), ([other], set()), ([spot, spot], {"spot-head"})):
+        affinity = "{nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [%s]}}}"
+        text = (ROOT / FLEET).read_text()
+        selector = "nodeSelector: {karpenter.sh/capacity-type: on-demand}"
+        manifest.write_text(text.replace(selector, "affinity: " + affinity % ", ".join(terms)))
+        assert {f.rule for f in found(repository, FLEET)} == rules
+
+
+def test_ways_to_write_commands(repository: Path) -> None:
+    """A cloud in quotes or before other signs, and a redirection before the end of `ray start`."""
+    text = (ROOT / CLUSTER).read_text()
+    redirected = text.replace(
+        "--metrics-export-port=8080\n    --auto", "> /tmp/log 2>&1 --metrics-export-port=8080\n    --auto"
+    )
+    assert redirected != text
+    for cloud in ('--cloud "aws"', "--cloud='aws'", "--cloud aws;", "--cloud=aws>> /tmp/x"):
+        (repository / CLUSTER).write_text(redirected.replace("--cloud aws", cloud))
+        assert found(repository, CLUSTER) == [], cloud
+
+
+def test_ray_up_takes_one_document(repository: Path) -> None:
+    text = (ROOT / CLUSTER).read_text()
+    for end in ("\n---\n", f"\n---\n{text}"):
+        (repository / CLUSTER).write_text(text + end)
+        assert [(f.rule, f.severity, f.fix) for f in found(repository, CLUSTER)] == [
+            ("ray-schema", "error", "leave one")
+        ]
+    (repository / CLUSTER).write_text(f"---\n{text}")
+    assert found(repository, CLUSTER) == []
+    (repository / FLEET).write_text((ROOT / FLEET).read_text() + "\n---\n")
+    assert found(repository, FLEET) == []
+
+
+LOCAL = """cluster_name: own
+provider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2, 10.0.0.3]}
+auth: {ssh_user: ubuntu}
+min_workers: 2
+max_workers: 2
+upscaling_speed: 1.0
+idle_timeout_minutes: 10
+file_mounts: {/root/.ray: ~/.ray}
+head_start_ray_commands:
+  - ray stop
+  - RAY_AUTH_MODE=token ray start --head --num-cpus=0 --metrics-export-port=8080 --autoscaling-config=x.yaml
+worker_start_ray_commands:
+  - ray stop
+  - RAY_AUTH_MODE=token ray start --address=$RAY_HEAD_IP:6379 --metrics-export-port=8080
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "findings"),
+    [
+        ("", "", []),
+        ("min_workers: 2\nmax_workers: 2\n", "", []),
+        ("max_workers: 2", "max_workers: 3", [("warning", "max_workers")]),
+        ("max_workers: 2", "max_workers: 1", [("error", "max_workers")]),  # of which Ray wants two
+        ("min_workers: 2\nmax_workers: 2", "min_workers: 0\nmax_workers: 1", [("warning", "max_workers")]),
+        ("min_workers: 2", "min_workers: 9", [("warning", "min_workers")]),
+        ("[10.0.0.2, 10.0.0.3]", "[]", [("error", "provider.worker_ips")]),
+        ("min_workers: 2", "min_workers: two", [("error", "min_workers")]),
+        ("min_workers: 2", "min_worker: 2", [("error", "min_worker")]),
+        ("worker_ips: [10.0.0.2, 10.0.0.3]", "worker_ip: x", [("error", "")]),
+        (" --num-cpus=0", "", [("warning", "head_start_ray_commands")]),
+    ],
+)
+def test_machines_of_ones_own(repository: Path, old: str, new: str, findings: list[tuple[str, str]]) -> None:
+    assert old in LOCAL
+    (repository / "own.yaml").write_text(LOCAL.replace(old, new))
+    assert [(f.severity, f.key) for f in found(repository, "own.yaml", RUN_124M)] == findings
 
 
 def test_spot_machines_of_other_clouds(repository: Path) -> None:

@@ -42,7 +42,8 @@ def check_files(files: list[str], run_file: str | None = None, overrides: tuple[
     findings: list[Finding] = []
     todo: list[str] = []
     for file in files:
-        documents = read_documents(file)
+        every = read_documents(file)
+        documents = [document for document in every if document.value is not None]
         if not documents:
             raise UserError(f"{file}: is empty")
         for document in documents:
@@ -52,6 +53,9 @@ def check_files(files: list[str], run_file: str | None = None, overrides: tuple[
             if "kind" in document.value or "apiVersion" in document.value:
                 cluster = kuberay.check(document, pins(file), known)
             elif "provider" in document.value or "cluster_name" in document.value:
+                if len(every) > 1 and document is documents[0]:
+                    what = "Ray refuses it: the file has several documents, or a --- at its end"
+                    document.error("ray-schema", (), what, "leave one")
                 cluster = rayup.check(document, pins(file), known)
                 todo += rayup.todo(document)
             else:

@@ -138,6 +138,13 @@ def check_node(document: Document, name: str, known: Machines) -> None:
             "an instance that is stopped comes back as another Ray node, or not at all",
             "terminate",
         )
+    elif options.get("SpotInstanceType") == "persistent":
+        document.error(
+            "node-config",
+            (*config_path, "InstanceMarketOptions", "SpotOptions", "SpotInstanceType"),
+            "EC2 refuses a persistent request whose instance is terminated when it is interrupted",
+            "one-time",
+        )
     _resources(document, path, known)
     if name != document.at("head_node_type") and "IamInstanceProfile" not in config:
         document.error(

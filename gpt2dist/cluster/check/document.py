@@ -122,7 +122,7 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str = "") -> str
 
 
 def read_documents(file: str) -> list[Document]:
-    """The documents of a YAML file, without empty ones.
+    """The documents of a YAML file; the value of an empty one is None.
 
     Raises:
         UserError: the file cannot be read, or is not YAML.
@@ -141,8 +141,7 @@ def read_documents(file: str) -> list[Document]:
             _check_keys(document, node, ())
             document.value = _with_text_keys(loader.construct_document(node))
             _note_lines(document, node, ())
-            if document.value is not None:
-                found.append(document)
+            found.append(document)
     except UnicodeDecodeError as e:
         raise UserError(f"{file}: cannot be read: {e}") from None
     except YAML_ERRORS as e:

@@ -118,6 +118,12 @@ def _room(document: Document, run_file: RunFile, cluster: Cluster) -> None:
         _division(document, run_file, group, each[group.name])
 
 
+def _cpus(most: float) -> str:
+    """Advice: so many CPUs a worker, in whole ones where there is one."""
+    number = math.floor(most) or math.floor(most * 100) / 100
+    return f"cpus_per_worker = {number:g}" if number > 0 else "machines with more CPUs"
+
+
 def _division(document: Document, run_file: RunFile, group: Group, each: int) -> None:
     """What of the machines is left over, and whether a worker fits into the memory."""
     from gpt2dist.cluster import setups  # knows the model, and so torch
@@ -128,7 +134,7 @@ def _division(document: Document, run_file: RunFile, group: Group, each: int) ->
         what = (
             f"a machine of {group.name} has CPUs for {each} workers only: {idle:g} of its {group.gpus:g} GPUs are idle"
         )
-        fix = f"cpus_per_worker = {math.floor((group.cpus - setups.DATA_CPUS) / group.gpus * c.gpus_per_worker)}"
+        fix = _cpus((group.cpus - setups.DATA_CPUS) / group.gpus * c.gpus_per_worker)
         run_file.add("warning", "idle-gpus", "cluster.cpus_per_worker", what, fix)
     elif not c.gpus_per_worker and group.gpus:
         what = f"the run uses no GPUs, but {group.name} has {group.gpus:g}: they are paid for and idle"
@@ -138,7 +144,7 @@ def _division(document: Document, run_file: RunFile, group: Group, each: int) ->
         run_file.add("warning", "division", "cluster.workers", what, f"a multiple of {each}")
     if group.cpus - min(each, c.max_workers) * c.cpus_per_worker < setups.DATA_CPUS:
         what = f"the workers take all {group.cpus:g} CPUs of {group.name}: none is left for the stream of samples"
-        fix = f"cpus_per_worker = {max(1, math.floor((group.cpus - setups.DATA_CPUS) / each))}"
+        fix = _cpus((group.cpus - setups.DATA_CPUS) / each)
         run_file.add("warning", "data-cpus", "cluster.cpus_per_worker", what, fix)
     if group.machine and c.gpus_per_worker:
         needs, limit = setups.memory_row(run).total, setups.memory_limit(run, group.machine)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from gpt2dist.cluster.check.document import YAML_ERRORS, Document, Path
+from gpt2dist.cluster.check.document import YAML_ERRORS, Document, Path, did_you_mean
 from gpt2dist.cluster.check.groups import Cluster, Group
 from gpt2dist.cluster.check.schema import Schema, check_schema, kubernetes_type
 from gpt2dist.cluster.check.secrets import FIX as SECRET_FIX
@@ -18,6 +18,7 @@ from gpt2dist.cluster.machines import Machines
 from gpt2dist.config import UserError
 
 KINDS = ("RayCluster", "RayJob")
+UNCHECKED = ("RayService", "RayCronJob")
 MAX_NAME = {"RayCluster": 53, "RayJob": 47}
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DEFAULT_DRAIN_SECONDS = 30.0
@@ -34,6 +35,12 @@ SPOT_LABELS = {
     "kubernetes.azure.com/scalesetpriority": "spot",
 }
 GPU = "nvidia.com/gpu"
+QUANTITY = re.compile(r"(\+?(?:\d+\.?\d*|\.\d+))([eE][+-]?\d+|[numkMGTPE]|[KMGTPE]i)?")
+"""An amount of a resource: a number, and an exponent or a unit."""
+UNITS = {unit: 1000.0**power for power, unit in enumerate(("n", "u", "m", "", *"kMGTPE"), -3)}
+UNITS |= {f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)}
+ADDED_VOLUMES = {"ray-logs", "shared-mem"}
+"""By KubeRay, to any pod."""
 
 
 @functools.cache
@@ -148,7 +155,7 @@ def check(document: Document, pins: Pins, known: Machines) -> Cluster | None:
     kind = document.at("kind")
     if kind == "Secret":
         _secret(document)
-    if kind not in KINDS:
+    if not _kind(document) or kind not in KINDS:
         return None
     if not check_schema(document, "kuberay-schema", _schema(kind), document.value):
         return None
@@ -165,8 +172,25 @@ def check(document: Document, pins: Pins, known: Machines) -> Cluster | None:
     groups: list[Path] = [(*spec, "headGroupSpec")]
     groups += [(*spec, "workerGroupSpecs", i) for i in range(len(document.items(*spec, "workerGroupSpecs")))]
     for group in groups:
-        _group(document, group, pins, is_v2(document, spec))
+        if _pod(document, (*group, "template", "spec")):
+            _group(document, group, pins, is_v2(document, spec))
     return _cluster(document, spec, known)
+
+
+def _kind(document: Document) -> bool:
+    """Whether it may be one that is checked, or of no concern. KubeRay and Kubernetes pass over or refuse others."""
+    missing = [key for key in ("apiVersion", "kind") if not document.at(key)]
+    for key in missing:
+        of_ray = key == "apiVersion" and document.at("kind") in KINDS
+        document.error("kuberay-schema", (key,), "is missing", "apiVersion: ray.io/v1" if of_ray else "add it")
+    kind, api = str(document.at("kind") or ""), str(document.at("apiVersion") or "")
+    known = (*KINDS, *UNCHECKED)
+    if kind in UNCHECKED:
+        what, fix = f"nothing of a {kind} is checked", "kubectl apply --dry-run=server"
+        document.warning("kuberay-schema", ("kind",), what, fix)
+    elif kind and kind not in known and (api.startswith("ray.io/") or kind.lower().startswith("ray")):
+        document.error("kuberay-schema", ("kind",), f"KubeRay has no {kind}", did_you_mean(kind, known))
+    return not missing
 
 
 def is_v2(document: Document, spec: Path) -> bool:
@@ -301,14 +325,29 @@ def _head(document: Document, spec: Path) -> None:
         what = "the dashboard and the Jobs API are reached from outside of the cluster"
         document.error("open-dashboard", (*head, "enableIngress"), what, "remove it; kubectl port-forward")
     pod: Path = (*head, "template", "spec")
-    for label, value in document.table(*pod, "nodeSelector").items():
-        if SPOT_LABELS.get(label) == value:
-            document.error(
-                "spot-head",
-                (*pod, "nodeSelector", label),
-                "the head is on a spot machine: when it is taken away, the whole cluster ends",
-                "choose on-demand machines",
-            )
+    wanted = document.table(*pod, "nodeSelector").items()
+    spot: list[Path] = [(*pod, "nodeSelector", label) for label, value in wanted if SPOT_LABELS.get(label) == value]
+    for where in spot + _spot_terms(document, pod):
+        what = "the head is on a spot machine: when it is taken away, the whole cluster ends"
+        document.error("spot-head", where, what, "choose on-demand machines")
+
+
+def _spot_terms(document: Document, pod: Path) -> list[Path]:
+    """Where the affinity asks for spot machines: in each of its terms, of which one has to hold."""
+    required: Path = (*pod, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution")
+    terms: Path = (*required, "nodeSelectorTerms")
+    found: list[list[Path]] = []
+    for i in range(len(document.items(*terms))):
+        path: Path = (*terms, i, "matchExpressions")
+        rules = {(*path, n): rule for n, rule in enumerate(document.items(*path)) if isinstance(rule, dict)}
+        found.append(
+            [
+                where
+                for where, rule in rules.items()
+                if rule.get("operator") == "In" and rule.get("values") == [SPOT_LABELS.get(rule.get("key", ""))]
+            ]
+        )
+    return [where for term in found for where in term] if all(found) else []
 
 
 def _container(document: Document, group: Path) -> Path:
@@ -369,6 +408,43 @@ def _group(document: Document, group: Path, pins: Pins, v2: bool) -> None:
         )
 
 
+def _pod(document: Document, pod: Path) -> bool:
+    """What Kubernetes refuses, though its schema does not; whether there is a container at all."""
+    volumes = {volume.get("name") for volume in document.items(*pod, "volumes") if isinstance(volume, dict)}
+    containers: list[Path] = [
+        (*pod, key, i) for key in ("containers", "initContainers") for i in range(len(document.items(*pod, key)))
+    ]
+    for container in containers:
+        for i, mount in enumerate(document.items(*container, "volumeMounts")):
+            name = mount.get("name") if isinstance(mount, dict) else None
+            if name is not None and name not in volumes | ADDED_VOLUMES:
+                fix = did_you_mean(name, map(str, volumes), "add it to volumes")
+                document.error("volumes", (*container, "volumeMounts", i, "name"), f"the pod has no volume {name}", fix)
+        _amounts(document, (*container, "resources"))
+    if not document.items(*pod, "containers"):
+        what = "is missing or empty, which Kubernetes refuses"
+        document.error("kuberay-schema", (*pod, "containers"), what, "the first is Ray's")
+        return False
+    return True
+
+
+def _amounts(document: Document, resources: Path) -> None:
+    """Requests and limits have to be numbers, and the first no larger; of devices the same."""
+    tables = {part: document.table(*resources, part) for part in ("requests", "limits")}
+    odd = {(part, key) for part, table in tables.items() for key in table if not QUANTITY.fullmatch(str(table[key]))}
+    for part, key in sorted(odd):
+        what = f"{tables[part][key]}: no amount, which Kubernetes refuses"
+        document.error("resources", (*resources, part, key), what, "a number, and a unit such as m, M, Mi, Gi")
+    for key, asked in tables["requests"].items():
+        limit = tables["limits"].get(key)
+        if limit is None or odd & {("requests", key), ("limits", key)}:
+            continue
+        number, most = _quantity(asked), _quantity(limit)
+        if number > most * (1 + 1e-9) or ("/" in key and number < most * (1 - 1e-9)):
+            what = f"{asked}, but the limit is {limit}, which Kubernetes refuses"
+            document.error("resources", (*resources, "requests", key), what, f"{key}: {limit}")
+
+
 def _grace(document: Document, pod: Path, variables: dict[str, tuple[Path, str | None]]) -> None:
     """Ray drains first; Kubernetes must not end the pod meanwhile."""
     path: Path = (*pod, "terminationGracePeriodSeconds")
@@ -379,8 +455,9 @@ def _grace(document: Document, pod: Path, variables: dict[str, tuple[Path, str |
         what = "is not a number of seconds"
         document.error("grace-period", variables[DRAIN_VARIABLE][0], what, f'value: "{DEFAULT_DRAIN_SECONDS:g}"')
         return
-    if (DEFAULT_GRACE_SECONDS if grace is None else grace) <= drain:
-        what = f"{grace or DEFAULT_GRACE_SECONDS:g} s, but Ray drains for {drain:g} s ({DRAIN_VARIABLE})"
+    grace = DEFAULT_GRACE_SECONDS if grace is None else grace
+    if grace <= drain:
+        what = f"{grace:g} s, but Ray drains for {drain:g} s ({DRAIN_VARIABLE})"
         what += ": the pod is killed before training has saved"
         document.error("grace-period", path, what, f"more than {drain:g}, and at most the cloud's notice")
 
@@ -431,12 +508,12 @@ def _security(document: Document, pod: Path, container: Path) -> None:
 
 
 def _quantity(value: Any) -> float:
-    """A number of CPUs or GPUs."""
-    text = str(value)
-    try:
-        return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
-    except ValueError:
+    """A number of CPUs, GPUs or bytes; 0 where it is none."""
+    parts = QUANTITY.fullmatch(str(value))
+    if not parts:
         return 0.0
+    unit = parts[2] or ""
+    return float(parts[1]) * UNITS[unit] if unit in UNITS else float(parts[0])
 
 
 def _claims(document: Document, group: Path) -> set[str]:
@@ -466,7 +543,7 @@ def _cluster(document: Document, spec: Path, known: Machines) -> Cluster:
             Group(
                 name=worker["groupName"],
                 path=path,
-                most=worker.get(count, 0),
+                most=worker.get(count, 0) * worker.get("numOfHosts", 1),
                 most_path=(*path, count),
                 cpus=_quantity(own.get("CPU") or params.get("num-cpus") or limits.get("cpu") or requests.get("cpu", 0)),
                 gpus=_quantity(own.get("GPU") or params.get("num-gpus") or limits.get(GPU, 0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
@@ -16,7 +17,8 @@ def find_ray_start(commands: list[str]) -> tuple[int, list[str]] | None:
     """The command that starts Ray: its position, and the words after `ray start`."""
     for i, command in enumerate(commands):
         try:
-            lexer = shlex.shlex(command, posix=True, punctuation_chars=";&|")
+            one = re.sub(r"\d*>&\d+|&>", " ", command)  # their & ends no command
+            lexer = shlex.shlex(one, posix=True, punctuation_chars=";&|")
             lexer.whitespace_split = True
             words = list(lexer)
         except ValueError:  # quotes that do not end; the shell will say so

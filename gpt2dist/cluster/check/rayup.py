@@ -65,11 +65,14 @@ def _ray_accepts(document: Document) -> bool:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = copy.deepcopy(document.value)
+    schema = ray_up()
+    if document.at("provider", "type") == "local":  # where Ray takes one more key, before it looks
+        schema = {**schema, "properties": schema["properties"] | {"min_workers": {"type": "integer", "minimum": 0}}}
     if document.at("provider", "type") == "aws":  # where Ray fills them in before it looks
         for name in document.table("available_node_types"):
             if isinstance(node := config["available_node_types"][name], dict):
                 node.setdefault("resources", {})
-    if not check_schema(document, "ray-schema", ray_up(), config):
+    if not check_schema(document, "ray-schema", schema, config):
         return False
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         logging.disable(logging.INFO)
@@ -115,12 +118,11 @@ def _head(document: Document) -> None:
     path: Path = ("available_node_types", name)
     starts = " ".join(document.strings("head_start_ray_commands"))
     if document.number(*path, "resources", "CPU") != 0 and not re.search(r"--num-cpus[= ]0\b", starts):
-        document.warning(
-            "head-runs-tasks",
-            (*path, "resources", "CPU"),
-            "tasks may run on the head, and take it down with everything else",
-            "resources: {CPU: 0}",
-        )
+        what = "tasks may run on the head, and take it down with everything else"
+        if name is None:  # machines of one's own have no types
+            document.warning("head-runs-tasks", ("head_start_ray_commands",), what, "ray start --head --num-cpus=0 …")
+        else:
+            document.warning("head-runs-tasks", (*path, "resources", "CPU"), what, "resources: {CPU: 0}")
     if spot := spot_key(document, name):
         what = "the head is a spot machine: when it is taken away, the whole cluster ends"
         document.error("spot-head", spot, what, f"remove {spot[3]} from the head")
@@ -270,7 +272,7 @@ def _spot_watch(document: Document) -> None:
             "> /tmp/spot-watch.log 2>&1 < /dev/null",
         )
         return
-    option = re.search(r"--cloud[= ](\S+)", commands[watching])
+    option = re.search(r"--cloud[= ]['\"]?(\w+)", commands[watching])
     asked, provider = option[1] if option else "aws", document.at("provider", "type")
     if asked != provider:
         document.error(
@@ -300,15 +302,38 @@ def _limits(document: Document) -> None:
         )
     most = document.number("max_workers")
     workers = {n: t for n, t in document.table("available_node_types").items() if n != document.at("head_node_type")}
-    if most == 0 or not any(t.get("max_workers", most) for t in workers.values()):
+    named = "available_node_types" in document.value
+    if most == 0 or (named and not any(t.get("max_workers", most) for t in workers.values())):
         document.error("max-workers", ("max_workers",), "no worker may ever be started", "raise max_workers")
+    if document.at("provider", "type") == "local" and "worker_ips" in document.table("provider"):
+        _own_machines(document, len(document.items("provider", "worker_ips")))
     for name, node in workers.items():
+        least, own = node.get("min_workers") or 0, node.get("max_workers", most)
+        if least < 0 or (own is not None and least > own):
+            what = f"{least} is below 0" if least < 0 else f"{least} is more than max_workers = {own:g}"
+            document.error("min-workers", ("available_node_types", name, "min_workers"), what, "min_workers: 0")
+            continue
         if most and (node.get("max_workers") or 0) > most:
             what = f"{node['max_workers']} are never reached: max_workers of the cluster is {most:g}"
             document.warning("max-workers", ("available_node_types", name, "max_workers"), what, "raise or lower one")
-        if node.get("min_workers"):
-            what = f"{node['min_workers']} machines run, and cost, whether there is work or not"
+        if least:
+            what = f"{least} machines run, and cost, whether there is work or not"
             document.warning("min-workers", ("available_node_types", name, "min_workers"), what, "min_workers: 0")
+
+
+def _own_machines(document: Document, there: int) -> None:
+    """The limits of a cluster of machines that are there anyway."""
+    if not there:
+        document.error("max-workers", ("provider", "worker_ips"), "no worker may ever be started", "name machines")
+        return
+    for key in ("min_workers", "max_workers"):
+        number = document.number(key)
+        if number is not None and number > there:
+            what = f"{number:g} are never reached: provider.worker_ips has {there}"
+            document.warning("max-workers", (key,), what, f"{key}: {there}")
+    if 0 < (most := document.number("max_workers") or 0) < there:
+        what = f"only {most:g} of the {there} machines in provider.worker_ips join"
+        document.warning("max-workers", ("max_workers",), what, f"max_workers: {there}")
 
 
 def _cluster(document: Document, known: Machines) -> Cluster:
