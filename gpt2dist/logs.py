@@ -7,11 +7,13 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import re
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +26,9 @@ SEGMENT_BYTES = 1 << 20
 
 Keep = Callable[[dict[str, Any]], bool]
 Parse = Callable[[bytes], dict[str, Any] | None]
+Fields = Mapping[str, Callable[[Any], bool]]
+"""Keys, and whether a value can be theirs."""
+YEAR_10000 = 253_402_300_800
 logger = logging.getLogger(__name__)
 
 
@@ -31,21 +36,23 @@ class JsonLines:
     """An append-only log, one JSON object a line.
 
     Floats are written as Python's repr, so equal bits print equal. A torn last line (the writer was
-    killed) is not a record, nor is a line without the keys that every record of the log has: `read` leaves it out
-    and `cut` removes it.
+    killed) is not a record, nor is a line without the keys that every record of the log has, or with a value that
+    cannot be theirs: `read` leaves it out and `cut` removes it.
 
     Objects cannot be appended to. There the log is x.jsonl, x.1.jsonl, x.2.jsonl, … in this order; a writer keeps
     the text of its own last one in memory and puts it whole. Two processes that append have different objects, and
     who appends after another begins a new one.
     """
 
-    def __init__(self, path: UPath, flush_s: float = 0.0, keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: UPath, flush_s: float = 0.0, keys: Fields | None = None, optional: Fields | None = None
+    ) -> None:
         """`flush_s`: on an object store, records may wait this many seconds until they are written.
 
-        keys: that every record has.
+        keys: that every record has; optional: that some have.
         """
         self.path = path
-        self._parse = functools.partial(_record, keys=frozenset(keys))
+        self._parse = functools.partial(_record, keys=keys or {}, optional=optional or {})
         self.flush_s = flush_s
         self._segment: UPath | None = None  # the object that this writer puts again and again
         self._text = ""
@@ -133,9 +140,16 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; an empty list where there is no file."""
+        return [record for part in self._records_by_part() for record in part]
+
+    def in_time(self) -> list[dict[str, Any]]:
+        """All whole records in the order of their `time`: see `in_time`."""
+        return in_time(self._records_by_part())
+
+    def _records_by_part(self) -> list[list[dict[str, Any]]]:
         if is_local(self.path):
-            return [record for path in self._parts() for record in _records(path.read_bytes(), self._parse)]
-        return [record for _, data in self._contents() for record in _records(data, self._parse)]
+            return [_records(path.read_bytes(), self._parse) for path in self._parts()]
+        return [_records(data, self._parse) for _, data in self._contents()]
 
     def tail(self, max_bytes: int = 1 << 16, parts: int = 1) -> list[dict[str, Any]]:
         """The last whole records, as many as lie in `max_bytes`.
@@ -208,6 +222,45 @@ class JsonLines:
             number += 1
 
 
+def in_time(parts: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Records in the order of their `time`; those of one part stay as they were written, also where a clock went back.
+
+    parts: of a log on an object store, where each writer has its own.
+    """
+    timed: list[tuple[float, dict[str, Any]]] = []
+    for part in parts:
+        latest = -math.inf
+        for record in part:
+            latest = max(latest, record["time"])
+            timed.append((latest, record))
+    return [record for _, record in sorted(timed, key=lambda pair: pair[0])]
+
+
+def whole(value: Any) -> bool:
+    """A whole number."""
+    return type(value) is int
+
+
+def finite(value: Any) -> bool:
+    """A number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def moment(value: Any) -> bool:
+    """A Unix time that has a date."""
+    return finite(value) and 0 <= value < YEAR_10000
+
+
+def text(value: Any) -> bool:
+    """A string."""
+    return isinstance(value, str)
+
+
+def ranges(value: Any) -> bool:
+    """[first, end, first, end, …]"""
+    return isinstance(value, list) and all(map(whole, value)) and len(value) % 2 == 0
+
+
 def _append_text(path: UPath, text: str) -> None:
     """In one write; after a torn line, which a machine that lost power may have left, on a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,13 +322,21 @@ def _records(data: bytes, parse: Parse) -> list[dict[str, Any]]:
     return [record for line in data.splitlines(keepends=True) if (record := parse(line)) is not None]
 
 
-def _record(line: bytes, keys: frozenset[str]) -> dict[str, Any] | None:
+def _record(line: bytes, keys: Fields, optional: Fields) -> dict[str, Any] | None:
     """None for a torn line, or a foreign one."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and keys <= record.keys() else None
+    if not isinstance(record, dict):
+        return None
+    for key, fits in keys.items():
+        if key not in record or not fits(record[key]):
+            return None
+    for key, fits in optional.items():
+        if key in record and not fits(record[key]):
+            return None
+    return record
 
 
 def _last_records(path: UPath, max_bytes: int, parse: Parse) -> list[dict[str, Any]]:

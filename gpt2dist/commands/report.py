@@ -6,8 +6,7 @@ import json
 
 import click
 
-from gpt2dist.commands.common import command, json_option, read_config, run_dir_argument, set_option
-from gpt2dist.config import UserError
+from gpt2dist.commands.common import command, json_option, read_config, run_dir_argument, set_option, to_json
 from gpt2dist.report.console import make_console
 
 
@@ -26,17 +25,16 @@ def goodput(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
       gpt2dist goodput runs/smoke
       gpt2dist goodput runs/smoke --set cluster.price_per_hour=2.5 --json
     """
-    from gpt2dist.report import tables
+    from gpt2dist.report import history, tables
     from gpt2dist.report.goodput import goodput as account
     from gpt2dist.train import rundir
 
     price = read_config(run_dir, overrides).cluster.price_per_hour
-    events = rundir.events_log(run_dir).read()
-    if not events:
-        raise UserError(f"{run_dir}: no events yet")
-    result = account(events, rundir.metrics_log(run_dir).read())
+    events = history.read(run_dir)
+    with history.understood(run_dir):
+        result = account(events, rundir.metrics_log(run_dir).each())
     if as_json:
-        click.echo(json.dumps(result.to_json(price)))
+        click.echo(to_json(result.to_json(price)))
     else:
         tables.time_spent(make_console(), run_dir, result, price)
 

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
+from gpt2dist.config import UserError
 from gpt2dist.report import goodput
 from gpt2dist.storage import StorageError
 
@@ -111,7 +112,7 @@ class Gauges:
             if line.get(name) is not None:
                 self._set(name, line[name] if at_work or name not in SPEEDS else 0.0)
         for part in PARTS:
-            self._set(STEP_PART, line[f"{part}_s"], part=part)
+            self._set(STEP_PART, line.get(f"{part}_s", 0.0), part=part)
 
     def _goodput(self) -> None:
         start = time.monotonic()
@@ -119,7 +120,7 @@ class Gauges:
             return
         try:
             found = goodput.of_run(self.run_dir)
-        except (OSError, StorageError):  # away; the workers' concern
+        except (OSError, StorageError, UserError):  # away, the workers' concern; or a foreign line
             return
         self._set("goodput", found.share)
         self._set("failures", found.failures)

@@ -5,12 +5,14 @@ Computed from events.jsonl and metrics.jsonl alone. docs/goodput.md says what fa
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
+from gpt2dist.report.history import understood
 from gpt2dist.train import rundir
 from gpt2dist.train.interval import WRITES_APART, expected_goodput, young_daly
 from gpt2dist.train.spent import Spent, spent_by
@@ -91,14 +93,17 @@ class Goodput:
 
 
 def goodput(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) -> Goodput:
-    """Account for the whole time of a run; events and metrics: the lines of events.jsonl and metrics.jsonl."""
-    # On an object store each writer's events stand together.
-    return _Account(sorted(events, key=lambda e: float(e["time"])), metrics).result()
+    """Account for the whole time of a run.
+
+    events: of events.jsonl, by `JsonLines.in_time`; metrics: the lines of metrics.jsonl.
+    """
+    return _Account(list(events), metrics).result()
 
 
 def of_run(run_dir: str) -> Goodput:
-    """Account for a run directory, as far as it is written."""
-    return goodput(rundir.events_log(run_dir).read(), rundir.metrics_log(run_dir).each())
+    """Account for a run directory, as far as it is written. Raises `UserError` where an event is not understood."""
+    with understood(run_dir):
+        return goodput(rundir.events_log(run_dir).in_time(), rundir.metrics_log(run_dir).each())
 
 
 @dataclass
@@ -159,6 +164,11 @@ class _Account:
         for stretch in self.stretches:
             seconds[stretch.category] += stretch.seconds
             worker_seconds[stretch.category] += stretch.seconds * (stretch.workers or 0)
+        allowed = self._allowed()
+        if not all(
+            map(math.isfinite, [self.now - self.began, *seconds.values(), *(astuple(allowed) if allowed else ())])
+        ):
+            raise ValueError("a time that is not finite")
         kinds = [e["event"] for e in self.events]
         return Goodput(
             wall_s=self.now - self.began,
@@ -168,7 +178,7 @@ class _Account:
             commands=kinds.count("launch"),
             attempts=kinds.count("start"),
             failures=self.failures,
-            allowed=self._allowed(),
+            allowed=allowed,
         )
 
     # ------------------------------------------------------------------ events

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gpt2dist.config import UserError
 from gpt2dist.report.live import describe
+from gpt2dist.train import rundir
 
 Cause = Literal["command", "failed", "killed", "preempted", "resized", "rewound"]
 
@@ -24,12 +28,31 @@ class Attempt:
     """What it does again: `Spent` of each attempt that had done it, as JSON."""
 
 
+def read(run_dir: str) -> list[dict[str, Any]]:
+    """The events of a run, in the order of time. Raises `UserError` where there are none."""
+    if events := rundir.events_log(run_dir).in_time():
+        return events
+    if rundir.metrics_log(run_dir).tail():
+        raise UserError(f"{run_dir}/events.jsonl: missing or without events, though metrics.jsonl has steps")
+    raise UserError(f"{run_dir}: no events yet")
+
+
+@contextlib.contextmanager
+def understood(run_dir: str) -> Iterator[None]:
+    """For what is made of events: raises `UserError` where one lacks a field of its kind, or has a foreign value."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as e:
+        what = f"no {e}" if isinstance(e, KeyError) else e
+        raise UserError(f"{run_dir}/events.jsonl: a line is not understood ({what})") from e
+
+
 def attempts(events: list[dict[str, Any]]) -> list[Attempt]:
-    """All attempts of a run, oldest first."""
+    """All attempts of a run, oldest first; events: `JsonLines.in_time`."""
     found: list[Attempt] = []
     cause: Cause = "command"
     at_work = False
-    for event in sorted(events, key=lambda e: float(e["time"])):
+    for event in events:
         kind = event["event"]
         if kind == "launch":
             cause = "killed" if at_work else "command"

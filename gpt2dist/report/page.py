@@ -15,7 +15,7 @@ from gpt2dist.config import RunConfig, UserError
 from gpt2dist.model import gpt2
 from gpt2dist.report import plots
 from gpt2dist.report.goodput import MEANING, Category, goodput, title
-from gpt2dist.report.history import attempts, words
+from gpt2dist.report.history import attempts, read, understood, words
 from gpt2dist.report.tables import goodput_line
 from gpt2dist.report.words import count, duration, size
 from gpt2dist.storage import location, publish
@@ -42,23 +42,41 @@ def write(run_dir: str, run: RunConfig) -> str:
     """Write the page of a run into its directory; returns where. run: its configuration.
 
     Raises:
-        UserError: there are no events yet, or it cannot be written.
+        UserError: there are no events yet, one is not understood, or the page cannot be written.
     """
     page = render(run_dir, run)
     try:
-        publish(location(run_dir) / NAME, page.encode())
+        publish(location(run_dir) / NAME, page.encode(errors="backslashreplace"))
     except OSError as e:
         raise UserError(f"{run_dir}: {NAME}: cannot be written: {e.strerror or e}") from None
     return f"{run_dir.rstrip('/')}/{NAME}"
 
 
 def render(run_dir: str, run: RunConfig) -> str:
-    """The page as HTML. Raises `UserError` where there are no events yet."""
-    events = sorted(rundir.events_log(run_dir).read(), key=lambda e: float(e["time"]))
-    if not events:
-        raise UserError(f"{run_dir}: no events yet")
-    metrics = rundir.metrics_log(run_dir).read()
-    spent, price = goodput(events, metrics), run.cluster.price_per_hour
+    """The page as HTML. Raises `UserError` where there are no events yet, or one is not understood."""
+    events = read(run_dir)
+    with understood(run_dir):
+        told = _told(run, events, rundir.metrics_log(run_dir).read())
+    model = gpt2.GPT2Config.from_run(run)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=run.name,
+        run_dir=run_dir,
+        model=f"GPT-2, {model.n_layer} layers × {model.n_embd}, {gpt2.count_parameters(model) / 1e6:,.1f} M parameters",
+        audit=_audit(run_dir, run),
+        checkpoints=_checkpoints(run_dir),
+        config=run.to_toml(),
+        now=_utc(time.time()),
+        version=__version__,
+        **told,
+    )
+
+
+def _told(run: RunConfig, events: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says of the events and the lines of metrics."""
+    needed = ("loss", "tokens_per_s", "mfu", "val_loss")
+    metrics = [m for m in lines if all(isinstance({"val_loss": 0.0, **m}.get(key), (int, float)) for key in needed)]
+    spent, price = goodput(events, lines), run.cluster.price_per_hour
     cost = spent.cost(price) if price is not None else None
     parts = [
         {
@@ -72,26 +90,16 @@ def render(run_dir: str, run: RunConfig) -> str:
         for category, meaning in MEANING.items()
     ]
     shown = [_event(e, text) for e in events if (text := words(e))]
-    model = gpt2.GPT2Config.from_run(run)
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        name=run.name,
-        run_dir=run_dir,
-        state=_state(events, metrics),
-        model=f"GPT-2, {model.n_layer} layers × {model.n_embd}, {gpt2.count_parameters(model) / 1e6:,.1f} M parameters",
-        facts=_facts(run, events, metrics, spent.wall_s, sum(cost.values()) if cost else None),
-        plots=_plots(events, metrics),
-        parts=parts,
-        priced=cost is not None,
-        goodput=goodput_line(spent),
-        audit=_audit(run_dir, run),
-        checkpoints=_checkpoints(run_dir),
-        events=shown[-SHOWN_EVENTS:],
-        left_out=max(0, len(shown) - SHOWN_EVENTS),
-        config=run.to_toml(),
-        now=_utc(time.time()),
-        version=__version__,
-    )
+    return {
+        "state": _state(events, metrics),
+        "facts": _facts(run, events, metrics, spent.wall_s, sum(cost.values()) if cost else None),
+        "plots": _plots(events, metrics),
+        "parts": parts,
+        "priced": cost is not None,
+        "goodput": goodput_line(spent),
+        "events": shown[-SHOWN_EVENTS:],
+        "left_out": max(0, len(shown) - SHOWN_EVENTS),
+    }
 
 
 def _plots(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> dict[str, str] | None:

@@ -93,7 +93,7 @@ def throughput(metrics: list[dict[str, Any]], attempts: list[Attempt]) -> str:
 
 def progress(metrics: list[dict[str, Any]], attempts: list[Attempt], began: float) -> str:
     """Steps by time of the day's clock: flat where nothing was done, and apart what had to be done again."""
-    lines = [m for m in metrics if "time" in m]
+    lines = [m for m in metrics if {"time", "attempt"} <= m.keys()]
     seconds = max([m["time"] - began for m in lines] + [s["end"] - began for a in attempts for s in a.redone] + [0.0])
     unit, name = next(
         (u, n) for u, n in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds >= 3 * u or u == 60

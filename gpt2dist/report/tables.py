@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gpt2dist.config import RunConfig
+from gpt2dist.config import RunConfig, UserError
 from gpt2dist.data.shards import Manifest
 from gpt2dist.report.goodput import MEANING, Goodput, goodput, title
+from gpt2dist.report.history import understood
 from gpt2dist.report.words import count, duration, size
 from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.resume import WORDS, Change
@@ -137,11 +139,11 @@ def verdict(console: Console, v: Mapping[str, Any]) -> None:
 def finished(console: Console, run: RunConfig, seconds: float, run_file: str, overrides: Sequence[str] = ()) -> None:
     """The end of a run: losses, where the checkpoint is, how to go on; overrides: of --set."""
     metrics = rundir.metrics_log(run.run_dir).read()
-    events = rundir.events_log(run.run_dir).read()
+    events = rundir.events_log(run.run_dir).in_time()
     rows: dict[str, str] = {}
-    if metrics:
-        rows["training loss"] = " → ".join(f"{m['loss']:.4f}" for m in (metrics[0], *metrics[1:][-1:]))
-    before = [e["val_loss"] for e in events if e["event"] == "eval"][-1:]
+    if losses := [m["loss"] for m in metrics if "loss" in m]:
+        rows["training loss"] = " → ".join(f"{loss:.4f}" for loss in (losses[0], *losses[1:][-1:]))
+    before = [e["val_loss"] for e in events if e["event"] == "eval" and "val_loss" in e][-1:]
     during = [m["val_loss"] for m in metrics if "val_loss" in m]
     if values := before + during:
         rows["validation loss"] = " → ".join(f"{value:.4f}" for value in (values[0], *values[1:][-1:]))
@@ -154,8 +156,10 @@ def finished(console: Console, run: RunConfig, seconds: float, run_file: str, ov
     if skipped := sum("skipped" in m for m in metrics):
         rows["skipped steps"] = f"{skipped:,} (gradients not finite)"
     if sum(e["event"] == "start" for e in events) > 1:
-        spent = goodput(events, metrics)
-        rows["goodput"] = f"{spent.share:.1%} of {duration(spent.wall_s - spent.paused_s)} in {spent.attempts} attempts"
+        with contextlib.suppress(UserError), understood(run.run_dir):
+            spent = goodput(events, metrics)
+            time = duration(spent.wall_s - spent.paused_s)
+            rows["goodput"] = f"{spent.share:.1%} of {time} in {spent.attempts} attempts"
     if newest:
         rows["checkpoint"] = f"{newest.path} ({size(newest.bytes)})"
     if step < run.train.steps:

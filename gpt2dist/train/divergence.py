@@ -68,7 +68,7 @@ class Guard:
         self._skipped: dict[int, Ids] = {}  # sample ids of the newest steps, where none of them was applied
         latest = max(LATEST_BYTES, LINE_BYTES * (WINDOW + train.rewind_after))
         before = record.metrics.tail(latest, parts=2) if record.rank == 0 and train.rewind else []
-        for loss, applied in record.agree([(row["loss"], is_applied(row)) for row in before]):
+        for loss, applied in record.agree([(row["loss"], is_applied(row)) for row in before if "loss" in row]):
             self._divergence.add(loss, applied)
 
     @property

@@ -169,8 +169,8 @@ class TrainJob:
 
     def _newest(self, *kinds: str) -> str:
         """Kind of the newest event of these kinds; nothing where there is none."""
-        known = [e for e in self._events.read() if e["event"] in kinds]
-        return str(max(known, key=lambda e: float(e["time"]))["event"]) if known else ""
+        known = [e for e in self._events.in_time() if e["event"] in kinds]
+        return str(known[-1]["event"]) if known else ""
 
     def _log_preemption(self, error: BaseException) -> None:
         """Where the machine went before its workers had heard of it, and so logged nothing."""
@@ -328,7 +328,7 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
 
     def _patience(self) -> float:
         """Seconds: of a worker that dies meanwhile nobody hears before this callback has returned."""
-        saves = [e["seconds"] for e in rundir.events_log(self.run_dir).read() if e["event"] == "commit"]
+        saves = [e.get("seconds", 0.0) for e in rundir.events_log(self.run_dir).read() if e["event"] == "commit"]
         step = (rundir.metrics_log(self.run_dir).tail() or [{}])[-1]
         busy = max(saves, default=0.0) + step.get("step_s", 0.0) + step.get("eval_s", 0.0)
         return float(min(RESIZE_SAVE_S, 60.0 + 5 * busy))

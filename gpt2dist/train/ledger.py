@@ -8,6 +8,7 @@ every step stands once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -104,32 +105,30 @@ def audit(run: RunConfig, data: Mixture, lines: list[dict[str, Any]], committed_
         return sum(consumed(run.batch, step + 1) - consumed(run.batch, step) for step in steps)
 
     order = SampleOrder(run, data)
-    lines = [line for line in lines if line["step"] < committed_step]
+    lines = [line for line in lines if 0 <= line["step"] < committed_step]
     # What an attempt wrote late, when the next one had begun before that step, was not kept.
     kept = {line["step"]: line["attempt"] for line in sorted(lines, key=lambda line: int(line["attempt"]))}
     lines = [line for line in lines if line["attempt"] == kept[line["step"]]]
     ours = (order_id(run.model_dump(mode="json"), data.fingerprint), data.fingerprint)  # the second: of older versions
     right: set[int] = set()
-    elsewhere: set[int] = set()
-    duplicates = unverifiable = 0
+    elsewhere: dict[int, int] = {}  # samples of each step
     for line in lines:
         step = line["step"]
-        if step in right or step in elsewhere:
-            duplicates += size([step])
-        elif line.get("data", data.fingerprint) not in ours:
-            elsewhere.add(step)
-            unverifiable += sum(line["positions"][1::2]) - sum(line["positions"][::2])
-        elif line["positions"] != _positions(run, step):
+        if line.get("data", data.fingerprint) not in ours:
+            elsewhere.setdefault(step, sum(line["positions"][1::2]) - sum(line["positions"][::2]))
+        elif step in right or line["positions"] != _positions(run, step):
             continue
         elif line["samples_sha256"] == ids_digest(order.step(step).reshape(-1)):
             right.add(step)
+    elsewhere = {step: samples for step, samples in elsewhere.items() if step not in right}
+    twice = Counter(line["step"] for line in lines) - Counter(kept.keys())  # whatever they say, and in whatever order
     last = max(_positions(run, committed_step - 1), default=0) if committed_step else 0
     return Audit(
         samples=size(right),
-        duplicates=duplicates,
+        duplicates=size(twice.elements()),
         gaps=consumed(run.batch, committed_step) - size(right) - size(elsewhere),
         skipped=sum(end - first for first, end in run.data.skip if first < last),
         steps=committed_step,
         attempts=len({line["attempt"] for line in lines}),
-        unverifiable=unverifiable,
+        unverifiable=sum(elsewhere.values()),
     )

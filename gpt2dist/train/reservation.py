@@ -94,7 +94,7 @@ def release(run_dir: str, events: list[dict[str, Any]]) -> None:
     starts = [i for i, event in enumerate(events) if event["event"] == "launch"]
     last = events[starts[-1] :] if starts else []
     own = [e for e in last if e["event"] == "reservation" and e.get("run_dir", run_dir) == run_dir]
-    requesters = [event["requester"] for event in own]
+    requesters = [event["requester"] for event in own if "requester" in event]
     if not requesters:
         return
     try:

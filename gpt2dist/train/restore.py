@@ -120,7 +120,7 @@ def _open_attempt(run: RunConfig, engine: Engine, record: Record, step: int, bad
     attempt = 0
     if record.rank == 0:
         checkpoint.clear(run.run_dir, step, bad)
-        attempt = 1 + max((e["attempt"] for e in record.events.read() if e["event"] == "start"), default=0)
+        attempt = 1 + max((e["attempt"] for e in rundir.starts(record.events.read())), default=0)
         record.ledger.cut(lambda line: bool(line["step"] < step))
         redone = record.metrics.cut(lambda line: bool(line["step"] < step))
         event = {
@@ -131,7 +131,7 @@ def _open_attempt(run: RunConfig, engine: Engine, record: Record, step: int, bad
             "world_size": engine.world_size,
             "zero_stage": run.train.zero_stage,
             "redone_steps": len(redone),
-            "redone_s": sum(line["step_s"] + line.get("eval_s", 0.0) for line in redone),
+            "redone_s": sum(line.get("step_s", 0.0) + line.get("eval_s", 0.0) for line in redone),
             "redone": [asdict(spent) for spent in by_attempt(redone)],
         }
         record.events.append(event)  # without it the stream would not know where to begin

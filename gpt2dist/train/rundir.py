@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from gpt2dist.config import RunConfig, UserError
-from gpt2dist.logs import JsonLines
+from gpt2dist.logs import Fields, JsonLines, finite, moment, ranges, text, whole
 from gpt2dist.storage import StorageError, file_size, is_local, location, publish, read_bytes, remove
 
 REQUEST_FILE = "request"
@@ -26,6 +26,11 @@ STOP, RESIZE = "stop", "resize"
 MAX_CONFIG_BYTES = 1 << 20
 METRICS_FLUSH_S = 5.0
 """On an object store, metrics reach metrics.jsonl at most this many seconds late."""
+SECONDS = ("step_s", "data_wait_s", "checkpoint_s", "eval_s")
+METRICS: Fields = {"attempt": whole, "time": moment, **dict.fromkeys(SECONDS, finite)}
+LEDGER: Fields = {"step": whole, "attempt": whole, "positions": ranges, "samples_sha256": text}
+EVENTS: Fields = {"attempt": whole, "step": whole}
+"""What fields of lines have to be, where they are there; in the ledger they have to be there."""
 
 
 def config_text(run_dir: str) -> bytes:
@@ -43,17 +48,17 @@ def config_text(run_dir: str) -> bytes:
 
 def metrics_log(run_dir: str) -> JsonLines:
     """metrics.jsonl: a line a step."""
-    return JsonLines(location(run_dir) / "metrics.jsonl", METRICS_FLUSH_S, keys=("step",))
+    return JsonLines(location(run_dir) / "metrics.jsonl", METRICS_FLUSH_S, {"step": whole}, METRICS)
 
 
 def ledger_log(run_dir: str) -> JsonLines:
     """ledger.jsonl: a line a committed step."""
-    return JsonLines(location(run_dir) / "ledger.jsonl", keys=("step", "attempt", "positions", "samples_sha256"))
+    return JsonLines(location(run_dir) / "ledger.jsonl", keys=LEDGER, optional={"data": text})
 
 
 def events_log(run_dir: str) -> JsonLines:
     """events.jsonl: starts, commits, failures, the end."""
-    return JsonLines(location(run_dir) / "events.jsonl", keys=("event", "time"))
+    return JsonLines(location(run_dir) / "events.jsonl", keys={"event": text, "time": moment}, optional=EVENTS)
 
 
 class Record:
@@ -87,7 +92,12 @@ class Record:
 
 def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rewinds of a run: what each left out stays out for ever."""
-    return [event for event in events if event["event"] == "rewind"]
+    return [event for event in events if event["event"] == "rewind" and {"steps", "positions"} <= event.keys()]
+
+
+def starts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The starts of a run's attempts."""
+    return [event for event in events if event["event"] == "start" and {"attempt", "step"} <= event.keys()]
 
 
 def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:
@@ -108,7 +118,7 @@ def saved_step(run_dir: str, last: float = float("inf")) -> int:
         step = event.get("step")
         if event["event"] in ("commit", "start") and type(step) is int and step <= last:
             return int(step)
-        if event["event"] == "rewind":  # later ones are deleted on purpose
+        if event["event"] == "rewind" and "steps" in event:  # later ones are deleted on purpose
             last = min(last, event["steps"][0])
     return 0
 
@@ -124,7 +134,7 @@ class StartStep:
 
     def __call__(self) -> int:
         """Reads events.jsonl."""
-        return int([e for e in events_log(self.run_dir).read() if e["event"] == "start"][-1]["step"])
+        return int(starts(events_log(self.run_dir).read())[-1]["step"])
 
 
 def request(run_dir: str, what: str) -> None:

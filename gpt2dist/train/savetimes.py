@@ -23,7 +23,7 @@ class SaveTimes:
     """Rank 0's clock. `due` is asked after every step."""
 
     def __init__(self, config: CheckpointSection, saver: Saver, events: list[dict[str, Any]]) -> None:
-        """events: of the run so far, from which the time between failures is estimated."""
+        """events: of the run so far (`JsonLines.in_time`), from which the time between failures is estimated."""
         self.config, self.saver = config, saver
         self._began = time.monotonic()  # when the newest save began
         self._asked = False
@@ -112,7 +112,7 @@ def running_seconds(events: list[dict[str, Any]]) -> float:
     Two events of an attempt are less than a day apart: else somebody has set the clock.
     """
     total, last = 0.0, None
-    for event in sorted(events, key=lambda e: float(e["time"])):  # on an object store each writer has its own
+    for event in events:
         if last is not None and event["event"] != "launch":
             total += min(max(0.0, event["time"] - last), LONGEST_GAP_S)
         last = None if event["event"] in ("launch", "end", "failure") else event["time"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+KEYS = {"time", "step_s", "attempt"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def spent_by(lines: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], K]
     """Sums over the lines with the same key, which must tell attempts apart; no line is kept."""
     found: dict[K, Spent] = {}
     for line in lines:
-        if "time" in line:  # every line since attempts are counted
+        if line.keys() >= KEYS:  # every line since attempts are counted
             group, one = key(line), _of_one(line)
             found[group] = _plus(found[group], one) if group in found else one
     return found

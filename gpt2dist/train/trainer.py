@@ -273,7 +273,7 @@ class Trainer:
         self.saver.prepare()
         self.guard = Guard(run, self.data, record, self.attempt)
         self.watchdog = Watchdog(run, self.rank, self.attempt, record.gather)
-        self.times = SaveTimes(run.checkpoint, self.saver, record.events.read() if self.rank == 0 else [])
+        self.times = SaveTimes(run.checkpoint, self.saver, record.events.in_time() if self.rank == 0 else [])
         if run.checkpoint.every_minutes == "auto":
             record.event("save_interval", **self.times.reasoning)
 
@@ -358,7 +358,7 @@ class Trainer:
 
         ids: [world, steps, slots]; clean: the step before the bad ones that came last, to which a rewind may lead.
         """
-        starts = [e["attempt"] for e in self.record.events.read() if e["event"] == "start"]
+        starts = [e["attempt"] for e in rundir.starts(self.record.events.read())]
         if starts[-1] != self.attempt:
             raise RuntimeError(f"attempt {self.attempt} was superseded by attempt {starts[-1]}")
         first = index.step - ids.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2dist.cli import main
-from gpt2dist.report.goodput import Goodput, goodput
+from gpt2dist.logs import in_time
+from gpt2dist.report import history, page
+from gpt2dist.report.goodput import Goodput, goodput, of_run
 from gpt2dist.train import rundir
 from gpt2dist.train.interval import expected_goodput
+from gpt2dist.train.savetimes import running_seconds
 from gpt2dist.train.spent import by_attempt
 from tests.conftest import tiny_run
 
@@ -378,12 +382,37 @@ def test_logs_of_an_object_store_and_clocks_that_differ(skew: float) -> None:
         for spent in line.get("redone", []):
             spent["begin"] += skew
             spent["end"] += skew
-    log.events.sort(key=lambda e: e["event"] not in drivers)
+    log.events = in_time([e for e in log.events if (e["event"] in drivers) is driver] for driver in (True, False))
     result = log.result()
     assert result.wall_s == pytest.approx(log.now)
     assert result.seconds == pytest.approx(right.seconds, abs=4 * abs(skew))
     assert result.seconds["productive"] == pytest.approx(right.seconds["productive"])
     assert (result.commands, result.attempts, result.failures) == (3, 4, 2)
+
+
+@pytest.mark.parametrize("back", [30, 3600])
+def test_a_clock_that_is_set_back(tmp_path: Path, back: float) -> None:
+    """What was written later happened later; the time that the clock shows twice is counted once."""
+    log = Log()
+    log.launch(0)
+    log.start(0, after=5)
+    log.steps(0, 10)
+    log.now -= back
+    log.steps(10, 20)
+    log.commit(20)
+    log.finish(after=1)
+    log.event("exit")
+    run = tiny_run(storage=str(tmp_path))
+    rundir.events_log(run.run_dir).append(*log.events)
+    rundir.metrics_log(run.run_dir).append(*log.metrics)
+    result = of_run(run.run_dir)
+    assert sum(result.seconds.values()) == pytest.approx(result.wall_s) == pytest.approx(15)
+    assert (result.seconds["productive"], result.share) == (pytest.approx(10), pytest.approx(2 / 3))
+    assert (result.failures, result.seconds["redone"], result.paused_s) == (0, 0, 0)
+    events = history.read(run.run_dir)
+    assert page._state(events, log.metrics) == "finished"
+    assert [attempt.cause for attempt in history.attempts(events)] == ["command"]
+    assert running_seconds(events) == 1
 
 
 @given(st.data())
@@ -441,3 +470,58 @@ def test_command(tmp_path: Path) -> None:
     for part in ("2:00 of wall clock, 1 command, 2 attempts, 1 failure", "75.0%", "0.20", "Goodput 75.0%"):
         assert part in text
     assert "Young/Daly allow" in text
+
+
+def test_foreign_lines(tmp_path: Path) -> None:
+    run = tiny_run(storage=str(tmp_path))
+    Path(run.run_dir).mkdir()
+    (Path(run.run_dir) / "config.toml").write_text(run.to_toml())
+    events, metrics = (Path(run.run_dir) / f"{name}.jsonl" for name in ("events", "metrics"))
+
+    def cli(*args: str) -> Any:
+        return CliRunner().invoke(main, ["goodput", run.run_dir, *args])
+
+    log = Log()
+    log.launch(4)
+    log.start(0, after=6)
+    log.steps(0, 20)
+    rundir.metrics_log(run.run_dir).append(*log.metrics)
+    assert (cli().exit_code, cli().stderr) == (
+        2,
+        f"error: {run.run_dir}/events.jsonl: missing or without events, though metrics.jsonl has steps\n",
+    )
+    log.commit(20)
+    log.finish(after=0)
+    log.event("exit")
+    rundir.events_log(run.run_dir).append(*log.events)
+    whole = cli("--json").stdout
+    assert json.loads(whole)["goodput"] == pytest.approx(20 / 30)
+    right = log.metrics[-1]
+    for line in [{}, {**right, "step": "x"}, {**right, "step_s": None}, {"step": 99, "time": T0}, {"step": 99}]:
+        with metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    for number in ("NaN", "Infinity", "1" + "0" * 400):
+        with metrics.open("a") as file:
+            file.write(json.dumps({**right, "time": 0}).replace('"time": 0', f'"time": {number}') + "\n")
+            file.write(json.dumps({**right, "step_s": 0}).replace('"step_s": 0', f'"step_s": {number}') + "\n")
+    before = events.read_text()
+    with events.open("a") as file:
+        file.write('[1]\n5\n{"event": 1, "time": 2}\n{"event": "x", "time": null}\n{"event": "x", "time": NaN}\n')
+        file.write('{"event": "x", "time": 1e20}\n{"event": "start", "time": 1, "attempt": "x", "step": 4}\n')
+    assert cli("--json").stdout == whole
+    for line, problem in (
+        ({"event": "start", "attempt": 2, "step": 20}, "no 'world_size'"),
+        ({"event": "end", "step": 20}, "no 'reason'"),
+        ({"event": "eval", "seconds": "x"}, "unsupported operand"),
+        ({"event": "commit", "step": 20, "seconds": 1.0, "stall_s": math.nan}, "not finite"),
+        ({"event": "start", "attempt": 2, "step": 20, "world_size": 2, "redone": [{"steps": 1}]}, "missing"),
+    ):
+        events.write_text(before)
+        rundir.events_log(run.run_dir).append(
+            {"time": T0 + 39, "event": "launch"}, {"time": T0 + 40, "event": "failure"}, {"time": T0 + 41, **line}
+        )
+        for args in ((), ("--json",)):
+            assert cli(*args).exit_code == 2, line
+            assert cli(*args).stderr.startswith(f"error: {run.run_dir}/events.jsonl: a line is not understood (")
+            assert problem in cli(*args).stderr
+            assert cli(*args).stderr.count("\n") == 1

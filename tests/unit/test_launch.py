@@ -41,3 +41,19 @@ def test_a_group_that_fails_after_it_has_logged_a_rewind_is_followed_by_one_with
     assert not ray.is_initialized()
     assert [list(skip) for skip in skips] == [[], [(14, 30)]]
     assert "skip = []" not in (Path(run.run_dir) / "config.toml").read_text()
+
+
+def test_foreign_lines_and_a_clock_that_is_set_back_stop_no_run(tmp_path: Path) -> None:
+    run = tiny_run(storage=str(tmp_path))
+    events = rundir.events_log(run.run_dir)
+    events.append({"time": 50.0, "event": "start", "attempt": 1, "step": 4}, {"time": 20.0, "event": "failure"})
+    for kind in ("start", "commit", "rewind", "reservation"):
+        events.append({"time": 30.0, "event": kind}, {"time": 30.0, "event": kind, "attempt": "x", "step": None})
+    assert rundir.StartStep(run.run_dir)() == rundir.saved_step(run.run_dir) == 4
+    assert [start["attempt"] for start in rundir.starts(events.read())] == [1]
+    assert rundir.with_rewinds(run, events.read()) == run
+    reservation.release(run.run_dir, [{"time": 1.0, "event": "launch"}, *events.read()])
+    newest = SimpleNamespace(_events=events)
+    assert TrainJob._newest(newest, "start", "failure") == "start"  # type: ignore[arg-type]
+    events.append({"time": 40.0, "event": "failure", "cause": "x"})
+    assert TrainJob._newest(newest, "start", "failure") == "failure"  # type: ignore[arg-type]

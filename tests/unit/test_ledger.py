@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
+from gpt2dist.train import rundir
 from gpt2dist.train.ledger import Audit, audit, entry
 from gpt2dist.train.resume import order_id
 from tests.conftest import tiny_run
@@ -53,6 +55,29 @@ def test_duplicate(run: RunConfig) -> None:
     lines.insert(5, lines[4])
     found = result(run, lines)
     assert (found.gaps, found.duplicates, found.clean) == (0, 8, False)
+
+
+@pytest.mark.parametrize("change", [{"samples_sha256": "0" * 64}, {"positions": [0, 8]}, {"data": "other/order"}])
+@pytest.mark.parametrize("place", [4, 5, 12])
+def test_two_lines_of_a_step_are_a_duplicate_in_any_order(run: RunConfig, change: dict[str, Any], place: int) -> None:
+    lines = ledger_of(run)
+    lines.insert(place, lines[4] | change)
+    found = result(run, lines)
+    assert (found.gaps, found.duplicates, found.samples, found.clean) == (0, 8, 96, False)
+    lines.remove(ledger_of(run)[4])
+    assert result(run, lines).duplicates == 0
+    assert not result(run, lines).clean
+
+
+@pytest.mark.parametrize("change", [{"step": "4"}, {"attempt": None}, {"positions": 5}, {"data": 5}])
+def test_what_a_foreign_line_does_not_say_is_a_gap(run: RunConfig, tmp_path: Path, change: dict[str, Any]) -> None:
+    lines = ledger_of(run)
+    log = rundir.ledger_log(str(tmp_path))
+    log.append(
+        *lines[:4], lines[4] | change, *lines[5:], {"step": -1, "attempt": 1, "positions": [], "samples_sha256": ""}
+    )
+    found = result(run, log.read())
+    assert (found.gaps, found.duplicates, found.clean) == (8, 0, False)
 
 
 def test_what_a_superseded_attempt_wrote_late_was_not_kept(run: RunConfig) -> None:

@@ -244,3 +244,30 @@ def test_every_event_has_words() -> None:
     """Also one that is not known here."""
     assert words({"time": 0, "event": "new_thing", "step": 4}) == "new thing: step 4"
     assert words({"time": 0, "event": "commit", "step": 4, "seconds": 1, "stall_s": 0.1}) is None
+
+
+def test_foreign_lines_are_left_out_or_said(run: RunConfig) -> None:
+    run_dir = eventful_run(run, 12)
+    events, metrics = (Path(run_dir) / f"{name}.jsonl" for name in ("events", "metrics"))
+    before = metrics.read_text(), events.read_text()
+    with metrics.open("a") as file:
+        file.write('{"step": 99}\n{"step": 99, "loss": null, "tokens_per_s": 1.0, "mfu": 0.1}\n')
+    with events.open("a") as file:
+        file.write('{"event": 5, "time": 1.0}\n')
+    done = CliRunner().invoke(main, ["report", run_dir])
+    assert done.exit_code == 0, done.stderr
+    assert "12 of 12" in (Path(run_dir) / "report.html").read_text(encoding="utf-8")
+    rundir.events_log(run_dir).append({"event": "failure", "time": 1.8e9})
+    done = CliRunner().invoke(main, ["report", run_dir])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"error: {run_dir}/events.jsonl: a line is not understood (no 'cause')\n",
+    )
+    metrics.write_text(before[0])
+    events.write_text(before[1])
+    rundir.events_log(run_dir).append({"event": "failure", "time": 1.8e9, "cause": "/data/caf\udce9.txt"})
+    assert CliRunner().invoke(main, ["report", run_dir]).exit_code == 0
+    assert "failed: /data/caf\\udce9.txt" in (Path(run_dir) / "report.html").read_text(encoding="utf-8")
+    events.unlink()
+    done = CliRunner().invoke(main, ["report", run_dir])
+    assert (done.exit_code, "events.jsonl: missing" in done.stderr) == (2, True)

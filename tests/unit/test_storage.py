@@ -10,7 +10,7 @@ import pytest
 from upath import UPath
 
 from gpt2dist.config import UserError
-from gpt2dist.logs import JsonLines
+from gpt2dist.logs import JsonLines, finite, in_time, whole
 from gpt2dist.storage import check_writable, location, publish, remove_tree, sha256_of, writing
 from tests.disks import Disk, small_disk
 
@@ -126,13 +126,26 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path, line: bytes) -> 
     assert log.read() == [{"step": 0}]
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b'{"time": 1}\n'])
+@pytest.mark.parametrize(
+    "line",
+    [b"{}\n", b'{"time": 1}\n', b'{"step": 1.0, "time": 1}\n', b'{"step": true, "time": 1}\n']
+    + [b'{"step": 1, "time": %s}\n' % time for time in (b"null", b'"1"', b"NaN", b"-Infinity", b"1" + b"0" * 400)],
+)
 def test_foreign_lines_are_no_records(tmp_path: Path, line: bytes) -> None:
-    log = JsonLines(UPath(tmp_path) / "log.jsonl", keys=("step", "time"))
+    log = JsonLines(UPath(tmp_path) / "log.jsonl", keys={"step": whole, "time": finite})
     (tmp_path / "log.jsonl").write_bytes(line + b'{"step": 0, "time": 1}\n' + line)
     assert log.read() == log.tail() == list(log.each()) == [{"step": 0, "time": 1}]
     assert log.cut(lambda r: r["step"] == 0) == []
     assert (tmp_path / "log.jsonl").read_bytes() == line + b'{"step": 0, "time": 1}\n'
+
+
+def test_records_in_the_order_of_time() -> None:
+    """Of one writer they stay as they were written, also where its clock was set back."""
+    parts = [
+        [{"i": 0, "time": 5.0}, {"i": 2, "time": 9.0}, {"i": 3, "time": 1.0}],
+        [{"i": 1, "time": 6}, {"i": 4, "time": 9.5}],
+    ]
+    assert [record["i"] for record in in_time(parts)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("size", [100, 300_000])
