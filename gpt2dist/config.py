@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -18,6 +19,10 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gpt2dist.urls import without_secrets, without_secrets_in
+
+LARGEST = sys.float_info.max
+TOO_MUCH = "a number has too many digits, or lists or tables are nested too deeply"
+LONGEST_SHOWN = 200
 
 
 class UserError(Exception):
@@ -123,12 +128,15 @@ class DataSection(Section):
     def _path_or_weights(cls, path: Any) -> Any:
         if isinstance(path, dict):
             for name, weight in path.items():
-                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-                    raise ValueError(
-                        f"the weight of {name} must be a number above 0, got {json.dumps(weight, default=str)}"
-                    )
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= LARGEST:
+                    raise ValueError(f"the weight of {name} must be a number above 0, got {_shown(weight)}")
+            places: dict[str, str] = {}
+            for name in path:
+                place = name.rstrip("/") if "://" in name else os.path.normpath(absolute(name))
+                if (other := places.setdefault(place, name)) != name:
+                    raise ValueError(f"{other} and {name} are the same data set: give one weight for it")
         if not isinstance(path, (str, dict)) or path == {}:
-            raise ValueError(f"a path, or a table of paths with their weights, got {json.dumps(path, default=str)}")
+            raise ValueError(f"a path, or a table of paths with their weights, got {_shown(path)}")
         return path
 
     @field_validator("skip")
@@ -238,6 +246,10 @@ class TrainSection(Section):
             )
         if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
             raise ValueError(f"profile_steps = {list(self.profile_steps)}: give the first step and a later one")
+        if self.profile_steps and self.profile_steps[0] >= self.steps:
+            raise ValueError(f"profile_steps = {list(self.profile_steps)} begins after the last of {self.steps} steps")
+        if (latest := max(self.nan_at, default=0)) >= self.steps:
+            raise ValueError(f"nan_at = {self.nan_at}: step {latest} is after the last of {self.steps} steps")
         if self.initial_loss_scale.bit_count() != 1:
             raise ValueError(f"initial_loss_scale = {self.initial_loss_scale} is not a power of two")
         if self.activation_checkpointing and self.zero_stage == 0 and self.precision == "bf16":
@@ -264,8 +276,8 @@ class OptimSection(Section):
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape after the warm-up: half a cosine or a line down to min_lr, `wsd` (constant, then a line for
     `decay_steps`), or constant."""
-    decay_steps: int | None = Field(default=None, ge=1)
-    """With `wsd`: length of the decay at the end; by default a tenth of train.steps."""
+    decay_steps: int | None = Field(default=None, ge=2)
+    """With `wsd`: length of the decay at the end, 2 or more; by default a tenth of train.steps."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     """Adam's β₁ and β₂."""
     eps: float = Field(default=1e-8, gt=0)
@@ -331,9 +343,9 @@ class CheckpointSection(Section):
     @field_validator("every_minutes", mode="before")
     @classmethod
     def _minutes_or_auto(cls, minutes: Any) -> Any:
-        number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 <= minutes < math.inf
+        number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 <= minutes <= LARGEST
         if not number and minutes != "auto":
-            raise ValueError(f"0 or more minutes, or auto, got {json.dumps(minutes, default=str)}")
+            raise ValueError(f"0 or more minutes, or auto, got {_shown(minutes)}")
         return minutes
 
 
@@ -366,7 +378,7 @@ class ClusterSection(Section):
     def _count_or_range(cls, workers: Any) -> Any:
         both = list(workers) if isinstance(workers, (list, tuple)) else [workers, workers]
         if len(both) != 2 or not all(type(n) is int and n >= 1 for n in both) or both[0] > both[1]:
-            raise ValueError(f"a number of workers, or [min, max], got {json.dumps(workers, default=str)}")
+            raise ValueError(f"a number of workers, or [min, max], got {_shown(workers)}")
         return tuple(both) if isinstance(workers, (list, tuple)) else workers
 
     @model_validator(mode="after")
@@ -487,6 +499,14 @@ class RunConfig(Section):
         return self.model_copy(update={"prepare": self.prepare.model_copy(update={"sources": sources})})
 
     @property
+    def long_warmup(self) -> str:
+        """What to say of a warm-up as long as the run; empty for a shorter one."""
+        warmup, steps = self.optim.warmup_steps, self.train.steps
+        if warmup < steps:
+            return ""
+        return f"optim.warmup_steps = {warmup} of train.steps = {steps}: the learning rate only rises"
+
+    @property
     def global_batch(self) -> int:
         """Sequences of one step, over all workers; after the warm-up where there is one (`data.order.consumed`)."""
         return self.batch.micro_batches * self.batch.micro_sequences
@@ -523,6 +543,8 @@ def parse_table(data: bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: cannot be read: {e}") from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{source}: not valid TOML: {e}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{source}: {TOO_MUCH}") from None
 
 
 def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -562,6 +584,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         given = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         given = {"value": text.strip()}  # a bare word is a string
+    except (ValueError, RecursionError):
+        raise UserError(f"--set {key}: {TOO_MUCH}") from None
     if len(given) > 1:
         raise UserError(f"--set {key}: {text!r} sets more than one key: give --set for each")
     value = given["value"]
@@ -594,5 +618,15 @@ def _explain(model: type[Section], problem: Any) -> str:
     if kind == "value_error":
         return f"{key}: {message}" if key else message
     message = message.replace("a valid tuple", "a list")  # as TOML calls it
-    got = without_secrets_in(json.dumps(problem["input"], default=str))
-    return f"{key}: {message[0].lower()}{message[1:]}, got {got}"
+    if kind in ("model_type", "dict_type"):
+        message = "input should be a table"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """What was given, for a message."""
+    try:
+        text = without_secrets_in(json.dumps(value, default=str))
+    except (ValueError, RecursionError):
+        return "what is too long to be shown"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"

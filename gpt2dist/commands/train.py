@@ -95,6 +95,8 @@ def train(run_file: str, overrides: tuple[str, ...], as_json: bool, address: str
             tables.changed(console, ready.resume_step, ready.changes)
             if ready.short_validation:
                 console.print(ready.short_validation)
+            if run.long_warmup:
+                console.print(run.long_warmup)
             with _stop_signals(console) as on_stop, ray_session(cpus, gpus, address, NO_NODES_FOR_DATA):
                 job = launch.TrainJob(run, STARTED, ready.changes)
                 on_stop(job.request_stop)
@@ -159,6 +161,8 @@ def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
     else:
         console = make_console()
         tables.dry_run(console, run, numbers, parts)
+        if run.long_warmup:
+            console.print(run.long_warmup)
         if newest:
             tables.changed(console, newest.index.step, changed)
         if away:
@@ -184,7 +188,7 @@ def _outcome(run: RunConfig) -> dict[str, Any]:
     val = [m["val_loss"] for m in metrics if "val_loss" in m]
     return {
         "step": newest.index.step if newest else 0,
-        "loss": metrics[-1]["loss"] if metrics else None,
+        "loss": metrics[-1].get("loss") if metrics else None,
         "val_loss": val[-1] if val else None,
         "skipped": sum("skipped" in m for m in metrics),
         "checkpoint": str(newest.path) if newest else None,

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from gpt2dist.cli import main
-from gpt2dist.config import RunConfig, UserError, load_run, parse_run
+from gpt2dist.config import RunConfig, UserError, load_run, parse_run, parse_toml
 from tests.conftest import ROOT, TINY, tiny_run
 
 RUN_FILES = sorted((ROOT / "jobs").glob("*.toml"))
@@ -83,6 +83,17 @@ def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
         ({"train__spike": float("inf")}, "train.spike: input should be a finite number, got Infinity"),
         ({"optim__betas": [0.9, float("nan")]}, "optim.betas.1: input should be a finite number, got NaN"),
         ({"train__bucket_mb": 0}, "train.bucket_mb: input should be greater than or equal to 0.1, got 0"),
+        ({"train__profile_steps": [12, 14]}, "train: profile_steps = [12, 14] begins after the last of 12 steps"),
+        ({"train__nan_at": [3, 12]}, "train: nan_at = [3, 12]: step 12 is after the last of 12 steps"),
+        (
+            {"optim__schedule": "wsd", "optim__decay_steps": 1},
+            "optim.decay_steps: input should be greater than or equal to 2, got 1",
+        ),
+        ({"data__path": {"d": 1, "x": 1, "./d": 2}}, "data.path: d and ./d are the same data set"),
+        ({"data__path": {"s3://b/d": 1, "s3://b/d/": 2}}, "data.path: s3://b/d and s3://b/d/ are the same data set"),
+        ({"data__path": {"a": 10**400}}, "data.path: the weight of a must be a number above 0, got 1000"),
+        ({"checkpoint__every_minutes": 10**400}, "checkpoint.every_minutes: 0 or more minutes, or auto, got 1000"),
+        ({"model": 5}, "model: input should be a table, got 5"),
         ({"train__profile_steps": [4, 4]}, "train: profile_steps = [4, 4]: give the first step and a later one"),
         (
             {"optim__name": "muon"},
@@ -133,6 +144,31 @@ def test_overrides(tmp_path: Path) -> None:
     for bad in ("optim.lr", "=3", "name.x=1", "optim.=1"):
         with pytest.raises(UserError, match="--set"):
             load_run(path, (bad,))
+
+
+def test_what_is_too_much_for_a_parser_is_one_line() -> None:
+    text = parse_run(TINY, "t").to_toml()
+    for bad in ("9" * 5000, "[" * 5000):
+        with pytest.raises(UserError, match=r"^run\.toml: a number has too many digits, or "):
+            parse_toml(f"seed = {bad}\n".encode(), "run.toml")
+        with pytest.raises(UserError, match=r"^--set train\.steps: a number has too many digits, or "):
+            parse_toml(text.encode(), "run.toml", (f"train.steps={bad}",))
+    for value in ("9" * 4000, "0x" + "f" * 5000):
+        with pytest.raises(UserError, match=r"^run.toml: data.verify: input should be a valid boolean") as error:
+            parse_toml(text.encode(), "run.toml", (f"data.verify={value}",))
+        assert len(str(error.value)) < 400
+    with pytest.raises(UserError, match=r"^run\.toml: train\.stop_at: "):
+        parse_toml(text.encode(), "run.toml", (f"train.stop_at{'.x' * 5000}=1",))
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(tmp_path: Path) -> None:
+    said = "optim.warmup_steps = 12 of train.steps = 12: the learning rate only rises"
+    (tmp_path / "run.toml").write_text(tiny_run(storage=str(tmp_path)).to_toml())
+    for warmup, is_said in ((11, False), (12, True)):
+        dry = ["train", str(tmp_path / "run.toml"), "--dry-run", "--set", f"optim.warmup_steps={warmup}"]
+        done = CliRunner().invoke(main, dry)
+        assert (done.exit_code, said in done.stdout) == (0, is_said)
+    assert not any(load_run(path).long_warmup for path in RUN_FILES)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
