@@ -552,11 +552,6 @@ def parse_toml(data: bytes, source: str, overrides: tuple[str, ...] = ()) -> Run
     table = parse_table(data, source)
     for override in overrides:
         _apply_override(table, override)
-    return parse_run(table, source)
-
-
-def parse_run(table: dict[str, Any], source: str) -> RunConfig:
-    """Validate a table; `source` names it in error messages. Raises `UserError`."""
     return validate(RunConfig, table, source)
 
 

@@ -29,7 +29,7 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parent.parent / "build" 
 os.environ.pop("RAY_ADDRESS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` ignores Ctrl-C, and so would what tests start
 
-from gpt2dist.config import RunConfig, parse_run  # noqa: E402
+from gpt2dist.config import RunConfig, validate  # noqa: E402
 from gpt2dist.data.shards import Manifest, Shard  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def tiny_run(**changes: Any) -> RunConfig:
         for section in sections:
             target = target.setdefault(section, {})
         target[key] = copy.deepcopy(value)
-    return parse_run(table, "test")
+    return validate(RunConfig, table, "test")
 
 
 @pytest.fixture

@@ -449,7 +449,7 @@ def judge(reference: RunConfig, broken: RunConfig, faults: list[Injected]) -> Ve
         faults=faults,
         largest_difference=max(differences, default=math.inf),
         allowed=0.0 if len(set(sizes)) == 1 else TOLERANCE[broken.train.precision],
-        audit=audit.to_json(),
+        audit=asdict(audit),
         attempts=len(starts),
         redone_steps=sum(e["redone_steps"] for e in starts),
         world_sizes=sizes,

@@ -7,12 +7,13 @@ checkpoint. The scripts in jobs/ call it too.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import signal
 import subprocess
 import sys
 import time
 from typing import Any
+
+from gpt2dist.cluster.scratch import end_with_parent
 
 PAUSE_S = 5.0
 """Before the driver is started again; what is left of the old one has gone by then."""
@@ -49,7 +50,7 @@ class _Stop:
 
 def _run(command: list[str], retries: int, stop: _Stop) -> int:
     for left in range(retries, -1, -1):
-        code = subprocess.Popen(command, preexec_fn=_end_with_parent).wait()
+        code = subprocess.Popen(command, preexec_fn=end_with_parent).wait()  # else it trains on, unseen
         if code == 0 or stop.asked or (code == USER_ERROR and left == retries):
             break
         what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -59,13 +60,6 @@ def _run(command: list[str], retries: int, stop: _Stop) -> int:
         if stop.asked:
             break
     return code if code >= 0 else 128 - code
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM to it when this process is killed, so that nobody goes on training unseen (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ To try out what only several nodes can show, and to break them: a node can be ki
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,14 +21,13 @@ from typing import Any
 
 import psutil
 
-from gpt2dist.cluster.scratch import new_token, temporary_directory
+from gpt2dist.cluster.scratch import end_with_parent, new_token, temporary_directory
 
 START_S = 60.0
 """How long a node may take to start."""
 STORE_BYTES = 200 << 20
 NETWORK = "127.0.1"
 """Loopback addresses of the nodes; Ray takes 127.0.0.1 for another name of the machine's outer address."""
-PR_SET_PDEATHSIG = 1
 FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 FAKE_HEAD_ID, FAKE_HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 """Ray's own, fixed in that provider."""
@@ -151,11 +148,12 @@ class LocalCluster:
         self.nodes.append(node)
         return node
 
-    def drain(self, node: Node, seconds: float, reason: str = "taken away on purpose") -> None:
+    def drain(self, node: Node, seconds: float) -> None:
         """Tell Ray that the node will be taken away in so many seconds, as a cloud's notice does."""
-        command = [RAY, "drain-node", f"--address={self.address}", f"--node-id={node.id}", f"--reason-message={reason}"]
-        how = ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--deadline-remaining-seconds={round(seconds)}"]
-        subprocess.run([*command, *how], env=self.env, check=True, capture_output=True, timeout=60)
+        command = [RAY, "drain-node", f"--address={self.address}", f"--node-id={node.id}"]
+        why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken away on purpose"]
+        how = f"--deadline-remaining-seconds={round(seconds)}"
+        subprocess.run([*command, *why, how], env=self.env, check=True, capture_output=True, timeout=60)
 
     def stop(self) -> None:
         """End all nodes, the head last, and remove their files."""
@@ -197,7 +195,12 @@ class LocalCluster:
                 env["RAY_CLOUD_INSTANCE_ID"] = id_
             env.pop("RAY_ADDRESS")  # `ray start` has it as an option
             process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_us
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # a node then ends its children
             )
         node = Node(name, address, id_, process)
         end = time.monotonic() + START_S
@@ -209,12 +212,6 @@ class LocalCluster:
                 raise NodeFailed(f"{name} did not start: {last[0]}")
             time.sleep(0.1)
         return node
-
-
-def _die_with_us() -> None:
-    """Linux: the node gets a SIGTERM when this process dies, and then ends its children."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -24,8 +24,8 @@ class Device(Section):
     """Peak in fp32, without TF32."""
     memory_gib: float = Field(gt=0)
     """Memory of one."""
-    bandwidth_gb_per_s: float = Field(gt=0)
-    """Of its memory."""
+    bandwidth_gb_per_s: float | None = Field(default=None, gt=0)
+    """Of its memory; not used."""
     source: str
     """Where the figures are from."""
     date: str

@@ -1,20 +1,25 @@
-"""Directories and tokens for Ray's files."""
+"""Directories and tokens for Ray's files, and processes that end with this one."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
 
 def temporary_directory() -> str:
     """A new directory with a short path (sockets lie in it); those of killed processes are removed."""
+    import psutil
+
     root = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
     for old in root.glob("g2d-[0-9]*-*"):
         pid = old.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(old, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"g2d-{os.getpid()}-", dir=root)
 
@@ -27,11 +32,8 @@ def new_token(directory: str | Path) -> Path:
     return path
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def end_with_parent() -> None:
+    """In a child, before it runs its command; Linux: it gets a SIGTERM when its parent dies, in whatever way."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

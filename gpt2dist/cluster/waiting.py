@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -55,7 +55,7 @@ class Room:
         ever = sum(self._fit(n.total_resources) for n in nodes)
         if free >= self.workers:
             return ""
-        what = f"{self._at_least}{self.workers} worker{'s' if self.workers > 1 else ''} of {self._amount(self.needs)}"
+        what = f"{self._at_least}{self.workers} worker{'s' if self.workers > 1 else ''} of {self._amount()}"
         on = f" on {self.accelerator}" if self.accelerator else ""
         return f"waiting for {what}{on}: room for {free}, {self._outlook(reply.autoscaling_state, ever)}"
 
@@ -100,13 +100,8 @@ class Room:
     def _wants_the_same(self, request: Any) -> bool:
         return all(request.resources_bundle.get(name) == amount for name, amount in self.needs.items())
 
-    @staticmethod
-    def _amount(resources: Mapping[str, float]) -> str:
-        parts: Iterable[str] = (
-            f"{resources[kind]:g} {kind}{'s' if resources[kind] != 1 else ''}"
-            for kind in ("CPU", "GPU")
-            if resources.get(kind)
-        )
+    def _amount(self) -> str:
+        parts = (f"{n:g} {kind}{'s' if n != 1 else ''}" for kind, n in self.needs.items() if n)
         return " and ".join(parts) or "no CPU"
 
 

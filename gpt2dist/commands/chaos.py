@@ -35,7 +35,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     run = load_run(run_file, overrides)
     from gpt2dist.cluster import chaos as arena
     from gpt2dist.cluster.local import NodeFailed
-    from gpt2dist.report import curves, tables
+    from gpt2dist.report import plots, tables
     from gpt2dist.report.goodput import of_run as goodput_of
     from gpt2dist.train.preflight import preflight
 
@@ -47,7 +47,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     except (arena.ChaosError, NodeFailed) as e:
         fail(str(e), 1)
     picture = Path(f"{verdict.run_dir}.png")
-    curves.draw(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
+    plots.two_runs(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
     spent = goodput_of(verdict.run_dir)
     if as_json:
         click.echo(to_json(verdict.to_json() | {"picture": str(picture), "goodput": spent.to_json(None)}))

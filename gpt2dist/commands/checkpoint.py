@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from gpt2dist.commands.common import command, existing, json_option, read_config, run_dir_argument, set_option
-from gpt2dist.config import RunConfig
 from gpt2dist.report.console import make_console
 
 
@@ -26,10 +26,11 @@ def audit(run_dir: str, overrides: tuple[str, ...], as_json: bool) -> None:
       gpt2dist audit runs/smoke
     """
     from gpt2dist.train import ledger
+    from gpt2dist.train.saved import find_checkpoint
 
-    run, newest = _open_run(run_dir, overrides)
-    result = ledger.audit_run(run_dir, run, newest.index)
-    click.echo(json.dumps(result.to_json()) if as_json else str(result))
+    run = read_config(run_dir, overrides)
+    result = ledger.audit_run(run_dir, run, find_checkpoint(run_dir).index)
+    click.echo(json.dumps(asdict(result)) if as_json else str(result))
     if not result.clean:
         sys.exit(1)
 
@@ -118,10 +119,3 @@ def _committed(run_dir: str) -> list[Any]:
     if not found:
         read_config(run_dir)
     return found
-
-
-def _open_run(run_dir: str, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, Any]:
-    """The configuration of a run directory and its newest checkpoint."""
-    from gpt2dist.train.saved import find_checkpoint
-
-    return read_config(run_dir, overrides), find_checkpoint(run_dir)

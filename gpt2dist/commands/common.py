@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import click
+import pydantic_core
 
 from gpt2dist.config import RunConfig, UserError, parse_toml
 
@@ -68,15 +69,7 @@ run_dir_argument = click.argument("run_dir", type=click.Path())
 
 def to_json(value: Any) -> str:
     """JSON has no infinity and no NaN; null takes their place."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(pydantic_core.to_jsonable_python(value, inf_nan_mode="null"), allow_nan=False)
 
 
 def existing(run_dir: str) -> str:

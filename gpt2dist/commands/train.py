@@ -142,9 +142,10 @@ class _Over:
 
 def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
     from gpt2dist.cluster.plan import arithmetic, memory
+    from gpt2dist.data.mixture import Mixture
     from gpt2dist.report import tables
     from gpt2dist.storage import StorageError
-    from gpt2dist.train import checkpoint
+    from gpt2dist.train import checkpoint, resume, saved
 
     run = run.for_record()
     numbers, parts = arithmetic(run), memory(run)
@@ -153,11 +154,11 @@ def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
         newest = checkpoint.newest(run.run_dir)
     except StorageError as e:  # the arithmetic needs no storage
         away = str(e)
-    changed, reason = _changes(run, newest) if newest else ([], "")
+    changed = saved.changes(run, newest, Mixture.open(run)) if newest else []
     if as_json:
-        resume = newest and {"step": newest.index.step, "changes": [change.to_json() for change in changed]}
+        goes_on = newest and {"step": newest.index.step, "changes": [change.to_json() for change in changed]}
         config = {"config": run.model_dump(mode="json")}
-        click.echo(json.dumps({**config, **numbers, "memory_bytes": parts, "resume": resume}))
+        click.echo(json.dumps({**config, **numbers, "memory_bytes": parts, "resume": goes_on}))
     else:
         console = make_console()
         tables.dry_run(console, run, numbers, parts)
@@ -167,17 +168,8 @@ def _dry_run(run: RunConfig, run_file: str, as_json: bool) -> None:
             tables.changed(console, newest.index.step, changed)
         if away:
             console.print(f"whether there is a run to go on with is not known: {away}")
-    if reason:
+    if reason := resume.refusal(changed, run.data.allow_changed):
         raise UserError(f"{run_file}: {reason}")
-
-
-def _changes(run: RunConfig, newest: Any) -> tuple[list[Any], str]:
-    """What the run file changes, and why it cannot go on with that."""
-    from gpt2dist.data.mixture import Mixture
-    from gpt2dist.train import resume, saved
-
-    changed = saved.changes(run, newest, Mixture.open(run))
-    return changed, resume.refusal(changed, run.data.allow_changed)
 
 
 def _outcome(run: RunConfig) -> dict[str, Any]:

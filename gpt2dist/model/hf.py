@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from upath import UPath
@@ -61,13 +61,6 @@ class HFConfig(BaseModel):
     reorder_and_upcast_attn: Literal[False] = False
     add_cross_attention: Literal[False] = False
 
-    @field_validator("layer_norm_epsilon")
-    @classmethod
-    def _epsilon(cls, value: float) -> float:
-        if value != 1e-5:
-            raise ValueError("input should be 1e-05")
-        return value
-
 
 def read_config(location: str) -> GPT2Config:
     """The shape of the model in a local directory or on the hub.
@@ -84,11 +77,13 @@ def read_config(location: str) -> GPT2Config:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except ValidationError as e:
         problem = e.errors(include_url=False)[0]
-        key, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        key, message = ".".join(map(str, problem["loc"])), problem["msg"]
         value = f", got {json.dumps(problem['input'], default=str)}" if key else ""
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{value}") from None
     if c.n_embd % c.n_head:
         raise UserError(f"{path}: n_embd = {c.n_embd} is not divisible by n_head = {c.n_head}")
+    if c.layer_norm_epsilon != 1e-5:
+        raise UserError(f"{path}: layer_norm_epsilon: input should be 1e-05, got {c.layer_norm_epsilon}")
     if c.n_inner not in (None, 4 * c.n_embd):
         raise UserError(f"{path}: n_inner: should be 4 × n_embd = {4 * c.n_embd}, got {c.n_inner}")
     _check_vocabulary(path.parent)

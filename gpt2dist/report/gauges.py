@@ -17,8 +17,6 @@ from gpt2dist.config import UserError
 from gpt2dist.report import goodput
 from gpt2dist.storage import StorageError
 
-EXPORTED = "ray_"
-"""Ray puts this before every name."""
 PREFIX = "gpt2dist_"
 OF_A_LINE = {
     "loss": "Training loss of the newest step.",
@@ -47,11 +45,6 @@ OF_THE_RUN = {
 }
 GOODPUT_S, GOODPUT_SHARE = 10.0, 0.01
 """Goodput needs the whole logs: it is computed that often at most, and takes this share of the time at most."""
-
-
-def names() -> list[str]:
-    """Of all metrics, as they are scraped."""
-    return [f"{EXPORTED}{PREFIX}{name}" for name in (*OF_A_LINE, STEP_PART, *OF_THE_RUN)]
 
 
 def scrape_url() -> str:

@@ -27,6 +27,17 @@ Observer = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
 FULL_BYTES = 1 << 20
 """A disk with less room than this is said to be full."""
 
+SENTENCES = {
+    "failure": "failed: {cause}",
+    "bad_checkpoint": "checkpoint of step {step} is damaged and left out: {reason}",
+    "ema_started": "averaged weights (optim.ema_decay) begin with the weights of step {step}",
+    "hang": f"worker {{rank}} finished no step in {{seconds:.0f}} s; stacks of all are in {rundir.STACKS}/",
+    "save_failed": "step {step} could not be saved ({reason}); trying again later",
+    "not_deleted": "step {step} is saved, but older checkpoints could not be deleted: {reason}",
+    "eval": "validation loss before training: {val_loss:.4f}",
+}
+"""Kind of an event, and how it is told; of others see `describe`."""
+
 
 def follow(
     run: RunConfig,
@@ -143,12 +154,6 @@ def describe(event: dict[str, Any]) -> str | None:
         redone = f", {count('step', event['redone_steps'])} to redo" if event["redone_steps"] else ""
         where = f"from step {event['step']}" if event["step"] else "from the start"
         return f"attempt {event['attempt']}: {count('worker', event['world_size'])}, {where}{redone}"
-    if kind == "failure":
-        return f"failed: {event['cause']}"
-    if kind == "bad_checkpoint":
-        return f"checkpoint of step {event['step']} is damaged and left out: {event['reason']}"
-    if kind == "ema_started":
-        return f"averaged weights (optim.ema_decay) begin with the weights of step {event['step']}"
     if kind == "preemption":
         if event["action"] == "late":
             return f"a machine was taken away at once; what follows step {event['saved_step']} will be done again"
@@ -159,16 +164,7 @@ def describe(event: dict[str, Any]) -> str | None:
         first, end = event["steps"]
         left_out = sum(b - a for a, b in event["positions"])
         return f"the loss diverged in steps {first} to {end - 1}: going back, and leaving their {left_out} samples out"
-    if kind == "hang":
-        where = f"stacks of all are in {rundir.STACKS}/"
-        return f"worker {event['rank']} finished no step in {event['seconds']:.0f} s; {where}"
-    if kind == "save_failed":
-        return f"step {event['step']} could not be saved ({event['reason']}); trying again later"
-    if kind == "not_deleted":
-        return f"step {event['step']} is saved, but older checkpoints could not be deleted: {event['reason']}"
-    if kind == "eval":
-        return f"validation loss before training: {event['val_loss']:.4f}"
-    return None
+    return SENTENCES[kind].format_map(event) if kind in SENTENCES else None
 
 
 def _workers(ranks: list[int]) -> str:

@@ -89,7 +89,7 @@ def _told(run: RunConfig, events: list[dict[str, Any]], lines: list[dict[str, An
         }
         for category, meaning in MEANING.items()
     ]
-    shown = [_event(e, text) for e in events if (text := words(e))]
+    shown = [{"when": _utc(e["time"]), "text": text, "bad": e["event"] in BAD} for e in events if (text := words(e))]
     return {
         "state": _state(events, metrics),
         "facts": _facts(run, events, metrics, spent.wall_s, sum(cost.values()) if cost else None),
@@ -153,10 +153,6 @@ def _checkpoints(run_dir: str) -> dict[str, Any]:
     except (OSError, UserError) as e:  # a copy without its checkpoints
         return {"rows": [], "problem": str(e)}
     return {"rows": rows, "problem": "" if rows else "None."}
-
-
-def _event(event: dict[str, Any], text: str) -> dict[str, Any]:
-    return {"when": _utc(event["time"]), "text": text, "bad": event["event"] in BAD}
 
 
 def _audit(run_dir: str, run: RunConfig) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The pictures of a report, as SVG text that stands inside a page."""
+"""The pictures of a report, as SVG text that stands inside a page; and a PNG of two runs."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from gpt2dist.report.history import Attempt, Cause
 from gpt2dist.report.words import count
+from gpt2dist.train import rundir
 
 POINTS = 2000
 """Of a line at most; with more, each place keeps its least and its largest value."""
@@ -116,6 +118,26 @@ def progress(metrics: list[dict[str, Any]], attempts: list[Attempt], began: floa
         if label is None:
             axes.legend(loc="upper left")
         return _svg(figure)
+
+
+def two_runs(path: Path, undisturbed: str, disturbed: str, faults: list[tuple[int, str]]) -> None:
+    """Write a PNG: loss by step of two run directories, the faults as (step, name) at their places."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for run_dir, color, width, label in (
+        (undisturbed, "#9ecae1", 6.0, "nothing happened to it"),
+        (disturbed, "#08306b", 1.2, "with faults"),
+    ):
+        rows = rundir.metrics_log(run_dir).read()
+        axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=color, linewidth=width, label=label)
+    top = axes.get_ylim()[1]
+    for step, fault in faults:
+        axes.axvline(step, color="#d62728", linewidth=0.8, linestyle=":")
+        axes.text(step, top, f" {fault}", rotation=90, va="top", ha="right", fontsize=8, color="#d62728")
+    axes.set(xlabel="step", ylabel="training loss (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def thin(x: Floats, y: Floats, points: int = POINTS) -> tuple[Floats, Floats]:

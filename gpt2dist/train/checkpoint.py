@@ -45,8 +45,7 @@ from gpt2dist.train import index as index_json
 from gpt2dist.train import rundir
 from gpt2dist.train.fragment import Fragment
 from gpt2dist.train.fragment_file import BadFile, FragmentFile, Read, Slice, checks, reads
-from gpt2dist.train.index import INDEX, MAX_INDEX_BYTES, Index, Kind, SavedFile, SavedFragment
-from gpt2dist.train.snapshot import Snapshot
+from gpt2dist.train.index import INDEX, MAX_INDEX_BYTES, Index, Kind, SavedFragment
 
 REMOTE_READS = 16
 """At a time from an object store, by each rank."""
@@ -86,15 +85,6 @@ def step_directory(run_dir: str, step: int) -> UPath:
 
 
 # ---------------------------------------------------------------------- writing
-
-
-def write_rank(
-    directory: UPath, rank: int, fragments: Iterable[Fragment], attempt: int = 1
-) -> tuple[SavedFile, list[SavedFragment]]:
-    """Write one rank's file at once; returns its description for the index."""
-    snapshot = Snapshot(rank, attempt)
-    snapshot.take(fragments)
-    return snapshot.write(directory), snapshot.table
 
 
 def commit(directory: UPath, index: Index) -> None:

@@ -71,19 +71,9 @@ class _CastForward(nn.Module):
         self.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        cast = {f"module.{name}": p.to(self.dtype) for name, p in self.module.named_parameters()}
-        cast["module.head.weight"] = cast["module.wte.weight"]
-        out: Tensor = torch.func.functional_call(_Call(self.module), cast, (tokens,), tie_weights=False)
-        return out
-
-
-class _Call(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.module(tokens)
+        cast = {name: p.to(self.dtype) for name, p in self.module.named_parameters()}
+        cast["head.weight"] = cast["wte.weight"]
+        out: Tensor = torch.func.functional_call(self.module, cast, (tokens,), tie_weights=False)
         return out
 
 

@@ -39,7 +39,7 @@ class SavedFragment(Section):
     @property
     def key(self) -> str:
         """Name of the tensor inside the file."""
-        return fragment_key(self.parameter, self.kind, self.start)
+        return f"{self.parameter}|{self.kind}|{self.start}"
 
 
 class SavedFile(Section):
@@ -105,11 +105,6 @@ def with_hash(table: bytes) -> bytes:
     """A JSON object with `sha256` as its first key, alone on the first line: of all that follows that line."""
     rest = table.removeprefix(b"{") + b"\n"
     return b'{"sha256":"' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
-
-
-def fragment_key(parameter: str, kind: str, start: int) -> str:
-    """Name of a fragment's tensor inside its file."""
-    return f"{parameter}|{kind}|{start}"
 
 
 def parse(data: bytes) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -27,9 +28,10 @@ from gpt2dist.data.stream import ExactStream, placeholder
 from gpt2dist.storage import StorageError, is_local, location, publish, remove_tree
 from gpt2dist.train import reservation, resume, rundir
 from gpt2dist.train.allocator import cpu_worker_environment
-from gpt2dist.train.preflight import newest_when_there, when_there
+from gpt2dist.train.preflight import newest_of_begun, when_there
 from gpt2dist.train.worker import DATASET, GIVEN_UP, WorkerFailed, root_cause, train_worker
 
+T = TypeVar("T")
 BACK_OFF_S, LONGEST_BACK_OFF_S = 5.0, 300.0
 """Wait before a restart: nothing after the first failure in a row, then 5 s, 15 s, 35 s and so on."""
 ABANDON_S = 10.0
@@ -156,7 +158,7 @@ class TrainJob:
                 if end in ("finished", "stopped") or self.stopping:  # all is saved
                     return
                 failures = 0
-            self._wait_to_resolve()  # a group may have failed, too, after it had logged a rewind
+            self._when_there(self._resolve)  # a group may have failed, too, after it had logged a rewind
             if self._requested() == rundir.RESIZE:
                 with contextlib.suppress(OSError, StorageError):
                     rundir.withdraw(self.run.run_dir)
@@ -193,18 +195,16 @@ class TrainJob:
         self.run = rundir.with_rewinds(self.run, self._events.read())
         publish(location(self.run.run_dir) / "config.toml", self.run.to_toml().encode())
 
-    def _wait_to_resolve(self) -> None:
-        try:
-            when_there(self.run, self._resolve, self._say_away)
-        finally:
-            self.waits_for = ""
-
     def _saved_step(self) -> int:
+        found = self._when_there(lambda: newest_of_begun(self.run))
+        return found.index.step if found else 0
+
+    def _when_there(self, look: Callable[[], T]) -> T:
+        """See `when_there`; meanwhile it is said what is waited for."""
         try:
-            found = newest_when_there(self.run, self._say_away)
+            return when_there(self.run, look, self._say_away)
         finally:
             self.waits_for = ""
-        return found.index.step if found else 0
 
     def _say_away(self, problem: str) -> None:
         self.waits_for = f"waiting for the storage ({problem})"
@@ -248,7 +248,7 @@ class TrainJob:
                 ],
             ),
             datasets={DATASET: placeholder},
-            dataset_config=ExactStream(run, rundir.StartStep(run.run_dir)),
+            dataset_config=ExactStream(run, functools.partial(rundir.start_step, run.run_dir)),
         )
 
 

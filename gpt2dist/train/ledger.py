@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from gpt2dist.config import RunConfig, UserError
@@ -73,10 +73,6 @@ class Audit:
         attempts = f"{self.attempts} attempt{'s' if self.attempts != 1 else ''}"
         counts = f"{self.samples:,} samples in {self.steps:,} steps and {attempts}"
         return f"{counts}: {self.duplicates} duplicates, {self.gaps} gaps: {verdict}"
-
-    def to_json(self) -> dict[str, int]:
-        """For --json."""
-        return asdict(self)
 
 
 def audit_run(run_dir: str, run: RunConfig, index: Index) -> Audit:

@@ -37,7 +37,7 @@ class Preflight:
 def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda _: None) -> Preflight:
     """Check all that can be checked without a cluster; `source` names the run file in messages.
 
-    away: see `newest_when_there`.
+    away: see `when_there`.
 
     Raises:
         UserError: data set missing, damaged or too short, storage not writable, or a checkpoint that does not fit.
@@ -49,7 +49,7 @@ def preflight(run: RunConfig, source: str, away: Callable[[str], None] = lambda 
         raise UserError(f"{source}: {key}: {str(e).removeprefix(f'{key}: ')}") from None
     try:
         begun = exists(location(run.run_dir) / "config.toml")
-        found = newest_when_there(run, away) if begun else checkpoint.newest(run.run_dir)
+        found = when_there(run, lambda: newest_of_begun(run), away) if begun else checkpoint.newest(run.run_dir)
     except checkpoint.NoneLeft as e:
         raise UserError(f"{e}; to start anew choose another name, or delete the run's directory") from None
     changed: list[resume.Change] = []
@@ -102,19 +102,16 @@ def _checked_data(run: RunConfig) -> tuple[Mixture, str]:
     return data, ""
 
 
-def newest_when_there(run: RunConfig, away: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint of a run that has begun; waits while the storage is away: see `when_there`.
+def newest_of_begun(run: RunConfig) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of a run that has begun.
 
     Raises:
         NoneLeft: none is good.
+        OSError, StorageError: the storage is away.
     """
-
-    def newest() -> checkpoint.Checkpoint | None:
-        if not exists(location(run.run_dir) / "config.toml"):
-            raise StorageError(f"{run.run_dir}: the run's directory is not there any more")
-        return checkpoint.newest(run.run_dir)
-
-    return when_there(run, newest, away)
+    if not exists(location(run.run_dir) / "config.toml"):
+        raise StorageError(f"{run.run_dir}: the run's directory is not there any more")
+    return checkpoint.newest(run.run_dir)
 
 
 def when_there(run: RunConfig, look: Callable[[], T], away: Callable[[str], None]) -> T:

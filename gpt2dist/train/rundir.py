@@ -123,18 +123,12 @@ def saved_step(run_dir: str, last: float = float("inf")) -> int:
     return 0
 
 
-class StartStep:
+def start_step(run_dir: str) -> int:
     """The step at which the newest attempt starts, as its rank 0 has logged it.
 
     Here, where torch is not imported: Ray Train's data manager unpickles it, and the workers wait for that.
     """
-
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = run_dir
-
-    def __call__(self) -> int:
-        """Reads events.jsonl."""
-        return int(starts(events_log(self.run_dir).read())[-1]["step"])
+    return int(starts(events_log(run_dir).read())[-1]["step"])
 
 
 def request(run_dir: str, what: str) -> None:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
@@ -27,27 +27,15 @@ from gpt2dist.train.fragment import Fragment
 from gpt2dist.train.index import SavedFile, SavedFragment
 from gpt2dist.train.snapshot import Snapshot
 
+if TYPE_CHECKING:
+    from gpt2dist.train.engine import Engine
+
 GUESS_BYTES_PER_S = 100e6
 """Assumed speed of storage until a save was measured."""
 FINISH_POLL_S = 1.0
 """Ranks that wait for the end of a save tell each other this often how far they are."""
 RECENT = 5
 """Saves that an estimate looks at."""
-
-
-class Ranks(Protocol):
-    """What the saver needs of the engine."""
-
-    rank: int
-
-    def fragments(self, *, owned: bool) -> Any:
-        """See `Engine.fragments`."""
-
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """See `Engine.sum_over_ranks`."""
-
-    def gather_objects(self, item: Any) -> list[Any]:
-        """See `Engine.gather_objects`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ class _Save:
 class Saver:
     """Saves of one rank, one at a time."""
 
-    def __init__(self, ranks: Ranks, attempt: int) -> None:
+    def __init__(self, ranks: Engine, attempt: int) -> None:
         self.ranks = ranks
         self._snapshot = Snapshot(ranks.rank, attempt)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -117,7 +105,7 @@ class Saver:
     def begin(self, step: int, directory: UPath, commit: Callable[[Written], None]) -> None:
         """Save the state as it is now; `commit` is rank 0's last act. Before it changes, call `hold`."""
         start = time.monotonic()
-        fragments: list[Fragment] = list(self.ranks.fragments(owned=True))
+        fragments = list(self.ranks.fragments(owned=True))
         self._copied.clear()
         work = self._thread.submit(self._copy_and_write, fragments, directory)
         self._save = _Save(step, directory, commit, start, time.monotonic() - start, work)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from upath import UPath
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.order import consumed
 from gpt2dist.model.gpt2 import GPT2
 from gpt2dist.train import checkpoint
 from gpt2dist.train.fragment import EMA, KINDS, Fragment
-from gpt2dist.train.index import Index
+from gpt2dist.train.index import Index, SavedFile, SavedFragment
+from gpt2dist.train.snapshot import Snapshot
+
+
+def write_rank(directory: UPath, rank: int, fragments: Iterable[Fragment]) -> tuple[SavedFile, list[SavedFragment]]:
+    """Write one rank's file at once; returns its description for the index."""
+    snapshot = Snapshot(rank, attempt=1)
+    snapshot.take(fragments)
+    return snapshot.write(directory), snapshot.table
 
 
 def save_run(
@@ -39,7 +49,7 @@ def save_run(
                 fragments.append(Fragment(name, kind, low, piece))
             if average:
                 fragments.append(Fragment(name, EMA, low, average.get_parameter(name).detach().flatten()[low:high]))
-        parts.append(checkpoint.write_rank(directory, rank, fragments))
+        parts.append(write_rank(directory, rank, fragments))
     index = Index(
         step=step,
         position=consumed(run.batch, step),

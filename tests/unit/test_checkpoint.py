@@ -17,6 +17,7 @@ from gpt2dist.train.checkpoint import BadCheckpoint, Checkpoint, NoneLeft
 from gpt2dist.train.fragment import KINDS, Fragment
 from gpt2dist.train.index import INDEX, Index
 from tests.conftest import tiny_run
+from tests.unit.runs import write_rank
 
 SHAPES = {"a": (6, 5), "b": (7,)}
 STEP_4 = "checkpoints/step-00000004"
@@ -38,7 +39,7 @@ def fragments(cuts: dict[str, list[int]]) -> list[list[Fragment]]:
 
 def save(run_dir: Path, step: int = 4, cuts: dict[str, list[int]] | None = None) -> Checkpoint:
     directory = checkpoint.step_directory(str(run_dir), step)
-    parts = [checkpoint.write_rank(directory, r, f) for r, f in enumerate(fragments(cuts or {"a": [13], "b": [7]}))]
+    parts = [write_rank(directory, r, f) for r, f in enumerate(fragments(cuts or {"a": [13], "b": [7]}))]
     index = Index(
         step=step,
         position=step * 8,
@@ -71,7 +72,7 @@ def test_a_directory_without_index_does_not_exist(tmp_path: Path) -> None:
     assert checkpoint.newest(str(tmp_path)) is None
     save(tmp_path, 4)
     unfinished = checkpoint.step_directory(str(tmp_path), 8)
-    checkpoint.write_rank(unfinished, 0, fragments({"a": [13], "b": [7]})[0])
+    write_rank(unfinished, 0, fragments({"a": [13], "b": [7]})[0])
     found = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.index.step == 4
@@ -101,7 +102,7 @@ def test_retention_keeps_the_first_from_each_multiple_on(tmp_path: Path) -> None
 def test_retention_leaves_unfinished_newer_directories(tmp_path: Path) -> None:
     save(tmp_path, 4)
     being_written = checkpoint.step_directory(str(tmp_path), 8)
-    checkpoint.write_rank(being_written, 0, fragments({"a": [13], "b": [7]})[0])
+    write_rank(being_written, 0, fragments({"a": [13], "b": [7]})[0])
     assert checkpoint.prune(str(tmp_path), keep=1, keep_every=0, clean=4) == []
     assert being_written.exists()
 
@@ -342,26 +343,29 @@ def test_a_run_waits_for_its_storage(tmp_path: Path, lost: str, message: str) ->
         if len(told) == 2:
             away.rename(place)
 
+    def newest(say: Callable[[str], None]) -> Checkpoint | None:
+        return preflight.when_there(run, lambda: preflight.newest_of_begun(run), say)
+
     place.rename(away)
-    found = preflight.newest_when_there(run, tell)
+    found = newest(tell)
     assert found is not None
     assert found.index.step == 4
     assert len(told) == 2
     assert message in told[0]
     place.rename(away)
     with pytest.raises(StorageError, match=message):
-        preflight.newest_when_there(run, told.append)
+        newest(told.append)
     away.rename(place)
     (Path(run.run_dir) / STEP_4 / INDEX).unlink()
     with pytest.raises(NoneLeft):
-        preflight.newest_when_there(run, pytest.fail)
+        newest(pytest.fail)
 
 
 def test_files_of_other_machines_are_not_committed(tmp_path: Path) -> None:
     """Where nodes do not share their storage, rank 0 sees only its own file."""
     saved = save(tmp_path, 4)
     other = checkpoint.step_directory(str(tmp_path), 9)
-    checkpoint.write_rank(other, 0, fragments({"a": [13], "b": [7]})[0])
+    write_rank(other, 0, fragments({"a": [13], "b": [7]})[0])
     with pytest.raises(UserError, match="rank-00001.safetensors: missing.*do all workers write to the same storage"):
         checkpoint.commit(other, saved.index.model_copy(update={"step": 9}))
     assert not (other / INDEX).exists()

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from gpt2dist.cli import main
-from gpt2dist.config import RunConfig, UserError, load_run, parse_run, parse_toml
+from gpt2dist.config import RunConfig, UserError, load_run, parse_toml, validate
 from tests.conftest import ROOT, TINY, tiny_run
 
 RUN_FILES = sorted((ROOT / "jobs").glob("*.toml"))
@@ -131,12 +131,12 @@ def test_mistakes_name_the_key(change: dict[str, object], message: str) -> None:
 
 def test_missing_key_and_several_mistakes() -> None:
     with pytest.raises(UserError, match=r"run.toml: name: required, but missing \(and 1 more\)"):
-        parse_run({"model": {"preset": "tiny"}, "x": 1}, "run.toml")
+        validate(RunConfig, {"model": {"preset": "tiny"}, "x": 1}, "run.toml")
 
 
 def test_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(parse_run(TINY, "t").to_toml())
+    path.write_text(validate(RunConfig, TINY, "t").to_toml())
     sets = ("optim.lr=1e-4", "name=other", 'prepare.sources=["a", "b"]', "cluster.workers=1", "train.precision=bf16")
     run = load_run(path, sets)
     assert (run.optim.lr, run.name, run.prepare.sources) == (1e-4, "other", ["a", "b"])
@@ -147,7 +147,7 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_what_is_too_much_for_a_parser_is_one_line() -> None:
-    text = parse_run(TINY, "t").to_toml()
+    text = validate(RunConfig, TINY, "t").to_toml()
     for bad in ("9" * 5000, "[" * 5000):
         with pytest.raises(UserError, match=r"^run\.toml: a number has too many digits, or "):
             parse_toml(f"seed = {bad}\n".encode(), "run.toml")

@@ -49,7 +49,7 @@ def test_foreign_lines_and_a_clock_that_is_set_back_stop_no_run(tmp_path: Path) 
     events.append({"time": 50.0, "event": "start", "attempt": 1, "step": 4}, {"time": 20.0, "event": "failure"})
     for kind in ("start", "commit", "rewind", "reservation"):
         events.append({"time": 30.0, "event": kind}, {"time": 30.0, "event": kind, "attempt": "x", "step": None})
-    assert rundir.StartStep(run.run_dir)() == rundir.saved_step(run.run_dir) == 4
+    assert rundir.start_step(run.run_dir) == rundir.saved_step(run.run_dir) == 4
     assert [start["attempt"] for start in rundir.starts(events.read())] == [1]
     assert rundir.with_rewinds(run, events.read()) == run
     reservation.release(run.run_dir, [{"time": 1.0, "event": "launch"}, *events.read()])

@@ -66,7 +66,7 @@ def test_own_file_adds_machines_and_overrides_single_keys(tmp_path: Path) -> Non
         ),
         ("[machines.x]\nvcpus = 2", "machines.x.memory_gib: required, but missing (and 2 more)"),
         ("[machine]\n", "machine: unknown key at the top level; did you mean machines?"),
-        ("machines = 3", "machines: input should be a valid dictionary, got 3"),
+        ("machines = 3", "machines: input should be a table, got 3"),
         ('[machines."g6.xlarge"]\ngpu = "L40"', "machines.g6.xlarge.gpu: L40: unknown; did you mean L40S?"),
         (
             '[machines."m7i.large"]\ngpus = 1',

@@ -5,11 +5,41 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path as FilePath
 
-from gpt2dist.cluster.check.document import Document, Finding, Severity
-from gpt2dist.cluster.check.groups import Cluster, Group
+from gpt2dist.cluster.check.document import Document, Finding, Path, Severity
+from gpt2dist.cluster.machines import Machine
 from gpt2dist.config import RunConfig, load_run
+
+
+@dataclass(frozen=True)
+class Group:
+    """Workers of one kind."""
+
+    name: str
+    most: int
+    """Machines that it may grow to."""
+    most_path: Path
+    """Where that number stands."""
+    cpus: float
+    gpus: float
+    accelerator: str
+    """Ray's name of the GPU; empty if unknown."""
+    machine: Machine | None
+    """The instance type, if it is one that we know."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The workers that a file allows."""
+
+    groups: list[Group]
+    most: int
+    """Machines of all groups together."""
+    most_path: Path
+    """Where that number stands."""
+    mounts: tuple[str, ...]
+    """Directories that the head shares with all workers."""
 
 
 @dataclass
@@ -25,7 +55,7 @@ class RunFile:
     def read(cls, file: str, overrides: tuple[str, ...]) -> RunFile:
         """Reads it. Raises `UserError`."""
         run = load_run(file, overrides)
-        return cls(file, Path(file).read_text().splitlines(), run)
+        return cls(file, FilePath(file).read_text().splitlines(), run)
 
     def add(self, severity: Severity, rule: str, key: str, what: str, fix: str) -> None:
         """A finding at a key, section.key."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from gpt2dist.cluster.check.document import YAML_ERRORS, Document, Path, did_you_mean
-from gpt2dist.cluster.check.groups import Cluster, Group
+from gpt2dist.cluster.check.fit import Cluster, Group
 from gpt2dist.cluster.check.schema import Schema, check_schema, kubernetes_type
 from gpt2dist.cluster.check.secrets import FIX as SECRET_FIX
 from gpt2dist.cluster.check.secrets import is_secret_name
@@ -542,7 +542,6 @@ def _cluster(document: Document, spec: Path, known: Machines) -> Cluster:
         groups.append(
             Group(
                 name=worker["groupName"],
-                path=path,
                 most=worker.get(count, 0) * worker.get("numOfHosts", 1),
                 most_path=(*path, count),
                 cpus=_quantity(own.get("CPU") or params.get("num-cpus") or limits.get("cpu") or requests.get("cpu", 0)),

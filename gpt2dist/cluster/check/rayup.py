@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt2dist.cluster.check import aws
 from gpt2dist.cluster.check.document import Document, Path
-from gpt2dist.cluster.check.groups import Cluster, Group
+from gpt2dist.cluster.check.fit import Cluster, Group
 from gpt2dist.cluster.check.ray_start import check_dashboard, find_ray_start, parse_ray_start
 from gpt2dist.cluster.check.schema import check_schema, ray_up
 from gpt2dist.cluster.check.versions import Pins, check_image
@@ -348,7 +348,6 @@ def _cluster(document: Document, known: Machines) -> Cluster:
         groups.append(
             Group(
                 name=name,
-                path=path,
                 most=min(most, node.get("max_workers", most)),
                 most_path=(*path, "max_workers") if "max_workers" in node else ("max_workers",),
                 cpus=resources.get("CPU", machine.vcpus if machine else 0),

@@ -17,14 +17,9 @@ Schema = dict[str, Any]
 
 
 def check_schema(document: Document, rule: str, schema: Schema, value: Any, path: Path = ()) -> bool:
-    """Unknown keys, wrong types and values, missing keys, as errors. True if there are none.
+    """Unknown keys, wrong types and values, missing keys, as errors; true if there are none.
 
-    Args:
-        document: where the findings go.
-        rule: their name.
-        schema: JSON Schema, draft 7.
-        value: a part of the document.
-        path: where that part is.
+    schema: JSON Schema, draft 7; value: a part of the document, at `path`.
     """
     before = len(document.findings)
     for error in sorted(jsonschema.Draft7Validator(schema).iter_errors(value), key=lambda e: list(map(str, e.path))):
