@@ -70,9 +70,11 @@ def check_places(run: RunConfig, source: str) -> None:
     """Raises `UserError` where a job would write to, or read from, its own working directory, which Ray deletes."""
     for key, place in run.shared_places:
         if "://" not in place and not os.path.isabs(place):
+            # Of a mixture such a --set would replace all.
+            how = f": --set {key}=/shared/{place}" if key != "data.path" or len(run.data_paths) == 1 else ""
             raise UserError(
                 f'{source}: {key} = "{place}" is relative: a job has a directory of its own, which goes away with it; '
-                f"give a path that all nodes share, or s3://: --set {key}=/shared/{place}"
+                f"give a path that all nodes share, or s3://{how}"
             )
 
 

@@ -167,6 +167,7 @@ def test_a_job_may_not_write_into_its_own_directory(changes: dict[str, object], 
     with pytest.raises(UserError) as caught:
         check_places(tiny_run(**{**fine, **changes}), "x.toml")
     assert str(caught.value).startswith(message)
+    assert ("--set" in str(caught.value)) == (not isinstance(changes.get("data__path"), dict))
 
 
 def test_a_relative_storage_is_refused_by_submit_and_inside_a_job(
