@@ -135,17 +135,19 @@ def test_server_away_while_shards_are_read_and_while_saving(
     run = run_with(root, cluster__max_failures=0)
     with training(write(run, tmp_path)) as process:
 
-        def away_when(condition: Callable[[], Any]) -> None:
+        def away_when(condition: Callable[[], Any]) -> float:
             wait_for(lambda: condition() or process.poll() is not None, 100)
             assert process.poll() is None, process.communicate()[0]
             s3.kill()
             time.sleep(10)
+            back = time.time()
             s3.start()
+            return back
 
         away_when(lambda: events(run, "start"))  # neither the training nor the validation shards were read yet
         assert not steps_done(run)
-        away_when(lambda: steps_done(run))  # the first save, after step 4, is some tenths of a second away
-        assert not events(run, "commit")
+        back = away_when(lambda: steps_done(run))  # the first save, after step 4, is some tenths of a second away
+        assert all(commit["time"] > back for commit in events(run, "commit"))
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert len(events(run, "start")) == 1
