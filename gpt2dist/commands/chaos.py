@@ -35,7 +35,7 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
     run = load_run(run_file, overrides)
     from gpt2dist.cluster import chaos as arena
     from gpt2dist.cluster.local import NodeFailed
-    from gpt2dist.report import plots, tables
+    from gpt2dist.report import tables
     from gpt2dist.report.goodput import of_run as goodput_of
     from gpt2dist.train.preflight import preflight
 
@@ -46,6 +46,8 @@ def chaos(run_file: str, faults: str, seed: int, overrides: tuple[str, ...], as_
         verdict = arena.compare(run, [f.strip() for f in faults.split(",")], seed, console.print)
     except (arena.ChaosError, NodeFailed) as e:
         fail(str(e), 1)
+    from gpt2dist.report import plots  # matplotlib, only for what came to an end
+
     picture = Path(f"{verdict.run_dir}.png")
     plots.two_runs(picture, verdict.reference_dir, verdict.run_dir, [(f.step, f.fault) for f in verdict.faults])
     spent = goodput_of(verdict.run_dir)

@@ -89,7 +89,7 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
     out = location(p.output)
     encoding = tokenizer.load(p.vocab_dir)
     tallies: dict[int, dict[str, Tally]] = {}
-    rows, documents_read = bytearray(), 0  # the records: chunks of short documents have millions
+    rows = bytearray()  # the records: chunks of short documents have millions
     signatures: list[npt.NDArray[np.uint32]] = []
     bad_file: BinaryIO | None = None
     bad = 0
@@ -126,8 +126,7 @@ def tokenize_chunk(index: int, pieces: list[Piece], p: PrepareSection) -> Part:
                 digest = _sha256(text)
                 val = _is_val(digest, p.val_fraction)
                 writers["val" if val else "train"].write(ids)
-                rows += digest[:16] + _AFTER_HASH.pack(documents_read, tokens, piece.source, val)
-                documents_read += 1
+                rows += digest[:16] + _AFTER_HASH.pack(len(rows) // DOCUMENT.itemsize, tokens, piece.source, val)
                 count(piece.source, "kept", tokens)
                 if p.dedup == "near":
                     signatures.append(near.signature(text))

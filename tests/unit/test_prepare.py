@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -452,5 +453,5 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path, limit: int, whose: str) ->
     assert (done.returncode, done.stderr) == (0, "")
     out = tmp_path / "out"
     start = "prepare: " if whose == "task" else ""
-    assert done.stdout == f"{start}{out}: {os.strerror(27)}\n"
+    assert done.stdout == f"{start}{out}: {os.strerror(errno.EFBIG)}\n"
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
