@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -127,8 +128,12 @@ def test_killed_run_resumes_bit_for_bit(
 
 
 def _worker(process: subprocess.Popen[str]) -> psutil.Process:
-    children = psutil.Process(process.pid).children(recursive=True)
-    (worker,) = (p for p in children if "RayTrainWorker" in " ".join(p.cmdline()))
+    workers = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile; a zombie is one of these
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                workers.append(child)
+    (worker,) = workers
     return worker
 
 
