@@ -47,7 +47,7 @@ def follow(
     observe: Observer = lambda *_: None,
     missing: Callable[[], str] = lambda: "",
 ) -> None:
-    """Show a run's progress until `done()`; `since`: Unix time, older events are not news.
+    """Show a run's progress until `done()`; `since`: Unix time, events that are older and there already are not news.
 
     `observe` is called with the newest events and metrics at every look. While no worker group is there, `missing`
     is asked what the run waits for.
@@ -55,6 +55,7 @@ def follow(
     view = _LiveLine(run, console) if console.is_terminal else _Lines(run, console)
     poll_s = POLL_S if is_local(location(run.run_dir)) else REMOTE_POLL_S
     first_step: int | None = None  # of the newest attempt; lines of earlier steps are not news
+    told = {str(event) for event in _tails(run)[0] if event["time"] <= since}
     was_full = False
     wait = _Wait(missing)
     with view:
@@ -64,8 +65,9 @@ def follow(
             events, metrics = _tails(run)
             observe(events, metrics)
             for event in events:
-                if event["time"] > since:
-                    since = event["time"]
+                # Not by their times: clocks of machines differ, and an object store shows them late.
+                if str(event) not in told:
+                    told.add(str(event))
                     if text := describe(event):
                         _shown(view.say, text)
                     if event["event"] == "start":

@@ -63,6 +63,33 @@ def test_what_a_run_waits_for_is_said_once_and_again_when_it_changes(
     ]
 
 
+def test_an_event_of_a_clock_that_is_behind_is_told_once(tmp_path: Path) -> None:
+    """Written by a worker on another machine, or seen late; what was there before the command is not told."""
+    run = tiny_run(storage=str(tmp_path))
+    log = rundir.events_log(run.run_dir)
+    began = time.time()
+    log.append({"time": began - 60, "event": "failure", "cause": "of an earlier command"})
+
+    def happens() -> Iterator[bool]:
+        log.append({"time": began + 20, "event": "launch"})
+        yield False
+        start = {"attempt": 1, "world_size": 2, "step": 0, "redone_steps": 0}
+        log.append({"time": began + 10, "event": "start", **start})
+        yield False
+        rundir.metrics_log(run.run_dir).append({"step": 4, "loss": 2.0, "lr": 1e-3, "tokens_per_s": 10.0})
+        yield False
+        yield True
+
+    looks = happens()
+    console = Console(file=io.StringIO(), width=200)
+    live.follow(run, console, lambda: next(looks, True), began)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "attempt 1: 2 workers, from the start",
+        "step 5/12  loss 2.0000  lr 1.00e-03  10 tok/s",
+    ]
+
+
 def test_a_terminal_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
     """Its file lies on a full disk, or nobody reads the pipe any more."""
     run = tiny_run(storage=str(tmp_path))
