@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -18,6 +19,9 @@ import pydantic_core
 
 from gpt2dist.config import RunConfig, UserError, parse_toml
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A file system takes no more."""
+
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turns the errors that a user can mend, and Ctrl-C, into one line."""
@@ -29,9 +33,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except UserError as e:
             fail(str(e), 2)
         except OSError as e:  # a directory in place of a file, a name too long, a link to itself
-            if not isinstance(e.filename, (str, os.PathLike)):
-                raise
-            fail(f"{e.filename}: {e.strerror}", 2)
+            if isinstance(e.filename, (str, os.PathLike)):
+                fail(f"{e.filename}: {e.strerror}", 2)
+            if e.errno in FULL:  # mostly what the output was sent to; Python would try again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                fail(f"cannot write: {e.strerror}", 2)
+            raise
         except KeyboardInterrupt:
             interrupted()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def generate(
     from gpt2dist.model.generate import NotFinite, Sampling, continue_texts
     from gpt2dist.train.saved import open_model
 
-    lines = _prompt_lines(prompt_file) if prompt_file else []
+    lines = [] if prompt_file is None else _prompt_lines(prompt_file)
     if prompt_file and not lines and not prompts:
         raise UserError(f"--prompt-file: {prompt_file}: no prompts in it")
     starts = [p for p in [*prompts, *lines] or [""] for _ in range(samples)]
@@ -94,13 +96,14 @@ def generate(
     texts = [""] * len(starts)
     shown = -1
     try:
-        for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
-            texts[i] += piece
-            if not as_json:
-                if i != shown:
-                    click.echo(("\n" + "-" * 40 + "\n" if i else "") + starts[i], nl=False)
-                    shown = i
-                click.echo(piece, nl=False)
+        with _fitting(batch):
+            for i, piece in continue_texts(model, encoding, starts, seeds, sampling, batch):
+                texts[i] += piece
+                if not as_json:
+                    if i != shown:
+                        click.echo(("\n" + "-" * 40 + "\n" if i else "") + starts[i], nl=False)
+                        shown = i
+                    click.echo(piece, nl=False)
     except NotFinite:
         if shown >= 0:
             click.echo()  # ends the line of a text
@@ -112,8 +115,21 @@ def generate(
         click.echo()
 
 
+@contextlib.contextmanager
+def _fitting(batch: int) -> Iterator[None]:
+    """Raises `UserError` in place of torch's errors where so many at once do not fit into memory."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "can't allocate memory" in str(e) or "out of memory" in str(e):
+            raise UserError(f"--batch {batch}: does not fit into memory") from None
+        raise
+
+
 def _prompt_lines(file: str) -> list[str]:
     try:
+        if not file:
+            raise UserError("--prompt-file: empty; name a file")
         if file == "-" and sys.stdin is None:  # a service without one
             raise UserError("--prompt-file: -: there is no standard input")
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -181,7 +197,8 @@ def evaluate(
     else:
         found = scores(saved.load(precision), tokens, ids, request.batch)
         batches = -(-len(ids) // request.batch)
-        score = sum(track(found, "evaluating", batches, console=console, transient=True), Score())
+        with _fitting(request.batch):
+            score = sum(track(found, "evaluating", batches, console=console, transient=True), Score())
     values = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
     data = ", ".join(request.paths)
     if as_json:

@@ -27,6 +27,8 @@ from gpt2dist.model import gpt2
 from gpt2dist.model.gpt2 import GPT2Config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OTHERS = (WEIGHTS, INDEX, "pytorch_model.bin", "tokenizer.json", "added_tokens.json")
+"""Files besides config.json that an export would replace, or that transformers would take for a part of it."""
 VOCABULARIES = {"vocab.json": (), "tokenizer.json": ("model", "vocab")}
 """Files of a tokenizer, and where in them its table of token → id is."""
 GPT2_VOCABULARY = "855ec41a9d90094ebb1189ee8082e915505cf2dfe0691a4f39da9c020f9476b2"
@@ -97,8 +99,10 @@ def read_weights(location: str) -> Weights:
         UserError: no safetensors, or not the tensors that config.json asks for.
     """
     config, directory = read_config(location), _directory(location)
-    shapes = gpt2.parameter_shapes(config)
     found = _tensors(directory)
+    if (last := f"h.{config.n_layer - 1}.ln_1.weight") not in found:  # before so many blocks are made
+        raise UserError(f"{location}: no tensor transformer.{last}")
+    shapes = gpt2.parameter_shapes(config)
     for name, shape in shapes.items():
         if name not in found:
             raise UserError(f"{location}: no tensor transformer.{name}")
@@ -140,7 +144,10 @@ def check_init(run: RunConfig, source: str) -> None:
         has, wants = read_config(run.model.init_from), GPT2Config.from_run(run)
         for key in ("n_layer", "n_head", "n_embd", "n_positions"):
             if getattr(has, key) != getattr(wants, key):
-                raise UserError(f"its {key} is {getattr(has, key)}, the run's {getattr(wants, key)}: set model.{key}")
+                all_three = "n_layer, n_head and n_embd in place of model.preset"
+                advice = all_three if run.model.preset and key != "n_positions" else key
+                problem = f"its {key} is {getattr(has, key)}, the run's {getattr(wants, key)}"
+                raise UserError(f"{problem}: set model.{advice}")
         read_weights(run.model.init_from)
     except UserError as e:
         raise UserError(f"{source}: model.init_from = {run.model.init_from}: {e}") from None
@@ -161,6 +168,9 @@ def export(location: str, config: GPT2Config, weights: Weights, vocab_dir: str =
         raise UserError(f"{location}: holds a run; choose another directory")
     if storage.exists(directory / CONFIG):
         raise UserError(f"{location}: holds a model already; choose another directory")
+    for name in OTHERS:
+        if storage.exists(directory / name):
+            raise UserError(f"{location}: holds a {name}; choose another directory")
     files = tokenizer.files(vocab_dir)
     c, eot = config, tokenizer.EOT
     tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
@@ -179,6 +189,8 @@ def export(location: str, config: GPT2Config, weights: Weights, vocab_dir: str =
         same = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
         storage.publish(directory / CONFIG, _json(kind | shape | same | dropout | ids))
     except OSError as e:
+        with contextlib.suppress(OSError, storage.StorageError):  # or the next try would be refused
+            storage.remove(directory / WEIGHTS)
         raise UserError(f"{location}: cannot be written: {e.strerror or e}") from None
 
 
@@ -212,8 +224,8 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, str]]:
             keys = dict.fromkeys(file.keys(), WEIGHTS)
     elif (directory / INDEX).is_file():
         try:
-            keys = dict(json.loads((directory / INDEX).read_bytes())["weight_map"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            keys = {str(key): file for key, file in json.loads((directory / INDEX).read_bytes())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{directory / INDEX}: not an index of safetensors files") from None
         if bad := [file for file in keys.values() if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(file))]:
             raise UserError(f"{directory / INDEX}: {bad[0]!r} is not the name of a safetensors file")
@@ -286,7 +298,8 @@ def _write_weights(path: UPath, config: GPT2Config, weights: Weights) -> None:
             for name in sorted(shapes):
                 value = weights(name).detach()[: config.vocab_size if name == "wte.weight" else None]
                 value = value.T if _transposed(name) else value
-                value.contiguous().numpy().astype("<f4", copy=False).tofile(file)
+                numbers = value.contiguous().numpy().astype("<f4", copy=False)
+                file.write(numbers.data)  # numpy's own way does not say that a disk is full
         storage.publish_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,12 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from upath import UPath
 
 from gpt2dist.config import UserError, absolute
@@ -24,8 +20,6 @@ from gpt2dist.data.order import Ids, permutation
 from gpt2dist.data.shards import Split
 from gpt2dist.model.evaluate import Score, evaluate
 from gpt2dist.storage import location, remove_tree
-from gpt2dist.train.allocator import cpu_worker_environment
-from gpt2dist.train.launch import failed, ray_storage
 from gpt2dist.train.saved import SavedModel, open_model
 
 
@@ -69,6 +63,8 @@ class Evaluation:
             UserError: no data is named, or the sequences are too long for the model.
         """
         run, positions = saved.run, saved.config.n_positions
+        if data == "":
+            raise UserError("--data: empty; name a directory")
         paths = {data: 1.0} if data else run.absolute().data_paths if run else {}
         if not paths:
             raise UserError("--data: required for a Hugging Face model")
@@ -101,6 +97,13 @@ def on_ray(e: Evaluation, workers: int, cpus_per_worker: float, gpus_per_worker:
     Raises:
         TrainingFailed: with the cause.
     """
+    import ray.train  # here: in one process evaluation needs no Ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from gpt2dist.train.allocator import cpu_worker_environment
+    from gpt2dist.train.launch import failed, ray_storage
+
     e = replace(e, paths={absolute(path): weight for path, weight in e.paths.items()})
     resources = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     with _scratch(e) as scratch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,7 +60,7 @@ def open_model(location: str, step: int | None = None, *, ema: bool = False) -> 
         return SavedModel(hf.read_config(location), hf.read_weights(location))
     try:
         found = find_checkpoint(location, step)
-        config = GPT2Config.from_run(run)
+        config = _as_trained(GPT2Config.from_run(run), found)
         if config.n_layer > len(found.index.parameters):  # before so many blocks are made
             raise UserError(f"{location}/config.toml: model.n_layer: does not fit the checkpoint {found.path}")
         checkpoint.check_fits(found, gpt2.parameter_shapes(config), f"{location}/config.toml")
@@ -70,6 +70,13 @@ def open_model(location: str, step: int | None = None, *, ema: bool = False) -> 
         return SavedModel(config, weights.__getitem__, run, found.index.step)
     except checkpoint.BadCheckpoint as e:
         raise UserError(f"{e}; for an older one: --step") from None
+
+
+def _as_trained(config: GPT2Config, found: checkpoint.Checkpoint) -> GPT2Config:
+    """With what a later command may have changed in config.toml as it was when the checkpoint was saved."""
+    model = found.index.config.get("model", {})
+    same = {key: model.get(key, getattr(config, key)) for key in ("document_mask", "dropout")}
+    return replace(config, **same)
 
 
 def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkpoint:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2dist.data.mixture import MixedSplit, Mixture
 from gpt2dist.model.evaluate import Score, evaluate
-from tests.conftest import tiny_run
+from tests.conftest import ROOT, tiny_run
 from tests.unit.runs import save_run
 from tests.unit.test_cli import assert_one_line, cli
 from tests.unit.test_hf import MODEL
@@ -94,6 +96,7 @@ def test_mistakes(data: str, make_data: Callable[..., str]) -> None:
     save_run(run, random_model())
     cli("export", "runs/made", "--output", "out")
     assert_one_line(cli("evaluate", "out"), "--data: required for a Hugging Face model")
+    assert_one_line(cli("evaluate", "runs/made", "--data", ""), "--data: empty; name a directory")
     assert_one_line(cli("evaluate", "out", "--data", "none"), "none: not a prepared data set")
     assert_one_line(
         cli("evaluate", "out", "--data", data, "--seq-len", "64"), "longer than the model's n_positions = 32"
@@ -101,6 +104,20 @@ def test_mistakes(data: str, make_data: Callable[..., str]) -> None:
     make_data([100], val=20, name="short")
     assert_one_line(cli("evaluate", "out", "--data", "short"), "val has 20 tokens, less than one sequence of 32 + 1")
     assert_one_line(cli("evaluate", "runs/made", "--data", data, "--step", "5"), "no checkpoint of step 5")
+
+
+def test_evaluation_in_one_process_needs_no_ray(data: str) -> None:
+    run = tiny_run(name="made", model=MODEL, data__path=data, data__seq_len=T)
+    code = (
+        "import sys; from gpt2dist.cli import main\n"
+        f"try: main(['evaluate', {save_run(run, random_model())!r}, '--batches', '1'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "print(sorted({'ray', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_perplexity_of_what_is_no_number() -> None:

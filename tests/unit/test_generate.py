@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from gpt2dist.data import tokenizer
 from gpt2dist.model import generate, linear
 from gpt2dist.model.generate import Generation, NotFinite, Sampling, TextStream, choose, continue_texts, uniforms
 from gpt2dist.model.gpt2 import GPT2, GPT2Config, KVCache, build
-from tests.conftest import tiny_run
+from tests.conftest import ROOT, tiny_run
 from tests.unit.runs import save_run
 from tests.unit.test_cli import assert_one_line, cli
 from tests.unit.test_model import CONFIG, random_model, transformers_twin
@@ -235,6 +237,7 @@ def test_command(run_dir: str, tmp_path: Path) -> None:
     assert first == "import os" + rows["samples"][0]["text"]
     assert cli("generate", run_dir, "--max-tokens", "3", "--precision", "bf16").exit_code == 0
     assert_one_line(cli("generate", run_dir, "--prompt-file", "none"), "--prompt-file: none: cannot be read")
+    assert_one_line(cli("generate", run_dir, "--prompt-file", ""), "--prompt-file: empty; name a file")
     Path("empty.txt").touch()
     assert_one_line(cli("generate", run_dir, "--prompt-file", "empty.txt"), "empty.txt: no prompts in it")
     Path("odd.txt").write_bytes("\ufefffirst\r\n\nsec\x0cond \u2028 third\n".encode())  # one line end of three is one
@@ -262,6 +265,23 @@ def test_model_of_nan_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = cli("generate", save_run(run, model), *options)
     assert_one_line(result, "runs/nan: the model's logits are not finite")
     assert result.stdout == ""
+
+
+def test_output_that_does_not_fit_is_one_line(run_dir: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "gpt2dist", "generate", run_dir, "--max-tokens", "3"]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "error: cannot write: No space left on device\n")
+
+
+def test_a_batch_that_does_not_fit_is_one_line(run_dir: str) -> None:
+    limit = f"ulimit -v 6000000; exec {sys.executable} -m gpt2dist generate"
+    command = f"{limit} {run_dir} --samples 20000 --batch 20000 --max-tokens 1"
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: --batch 20000: does not fit into memory\n")
 
 
 @pytest.mark.parametrize("prompt", [[tokenizer.EOT, 5, 7], [5, tokenizer.EOT], [5, tokenizer.EOT, 7]])

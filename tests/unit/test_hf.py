@@ -20,7 +20,9 @@ from gpt2dist.config import UserError
 from gpt2dist.data import tokenizer
 from gpt2dist.model import gpt2, hf
 from gpt2dist.model.gpt2 import GPT2
+from gpt2dist.train.saved import open_model
 from tests.conftest import ROOT, tiny_run
+from tests.disks import small_disk
 from tests.unit.runs import save_run
 from tests.unit.test_cli import assert_one_line, cli
 from tests.unit.test_model import CONFIG, random_model
@@ -145,6 +147,38 @@ def test_a_failed_export_leaves_no_model(run_dir: str, model: GPT2) -> None:
     assert cli("export", run_dir, "--output", "out").exit_code == 0  # it can be tried again
 
 
+@pytest.mark.parametrize("kilobytes", [100, 600])
+def test_an_export_onto_a_full_disk_says_so(run_dir: str, tmp_path: Path, kilobytes: int) -> None:
+    """No room for the weights, or none for the vocabulary after them."""
+    with small_disk(tmp_path / "disk", 40) as disk:
+        weights = 4 * sum(p.numel() for p in random_model().parameters())
+        disk.fill(leave=kilobytes * 1000 if kilobytes < 200 else weights + kilobytes * 1000)
+        assert_one_line(cli("export", run_dir, "--output", "disk/out"), "disk/out: cannot be written: No space left on")
+        assert not list((disk.path / "out").glob("*.safetensors"))
+        disk.make_room()
+        assert cli("export", run_dir, "--output", "disk/out").exit_code == 0
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
+def test_an_export_replaces_nothing(run_dir: str, file: str) -> None:
+    """Not even without a config.json; transformers would take a tokenizer.json before what is exported."""
+    Path("out").mkdir()
+    (Path("out") / file).write_text("of another model")
+    assert_one_line(cli("export", run_dir, "--output", "out"), f"out: holds a {file}; choose another directory")
+    assert [path.name for path in Path("out").iterdir()] == [file]
+    assert (Path("out") / file).read_text() == "of another model"
+
+
+def test_a_checkpoint_is_read_as_it_was_trained(run_dir: str) -> None:
+    """`train` with other switches writes config.toml before it has saved anything."""
+    before = cli("generate", run_dir, "--prompt", "a<|endoftext|>b", "--temperature", "0")
+    saved = open_model(run_dir).config
+    changed = tiny_run(name="made", model=MODEL | {"document_mask": True, "dropout": 0.3})
+    (Path(run_dir) / "config.toml").write_text(changed.to_toml())
+    assert open_model(run_dir).config == saved
+    assert cli("generate", run_dir, "--prompt", "a<|endoftext|>b", "--temperature", "0").stdout == before.stdout
+
+
 def test_mistakes_in_export(run_dir: str, exported: Path) -> None:
     assert_one_line(cli("export", run_dir, "--output", "out"), "out: holds a model already; choose another directory")
     assert_one_line(cli("export", run_dir, "--output", ""), "--output: empty")
@@ -238,7 +272,11 @@ def test_damaged_or_pickled_weights_are_refused(exported: Path) -> None:
     assert_one_line(cli("export", "out", "--output", "again"), "pytorch_model.bin is a pickle, which can run code")
     (exported / "pytorch_model.bin").unlink()
     assert_one_line(cli("export", "out", "--output", "again"), "out: no model.safetensors")
-    for text, message in (("[]", "not an index"), ('{"weight_map": {"a": "../x"}}', "'../x' is not the name of")):
+    for text, message in (
+        ("[]", "not an index"),
+        ('{"weight_map": [[1, "a.safetensors"]]}', "not an index"),
+        ('{"weight_map": {"a": "../x"}}', "'../x' is not the name of"),
+    ):
         (exported / hf.INDEX).write_text(text)
         assert_one_line(cli("export", "out", "--output", "again"), message)
 
@@ -253,6 +291,10 @@ def test_a_run_begins_with_the_weights_of_another_model(exported: Path, model: G
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"n_layer": None, "n_head": None, "n_embd": None, "preset": "tiny"},
+            "set model.n_layer, n_head and n_embd in place of model.preset",
+        ),
         ({"n_layer": 2}, "run.toml: model.init_from = out: its n_layer is 3, the run's 2: set model.n_layer"),
         ({"n_positions": 16}, "its n_positions is 32, the run's 16: set model.n_positions"),
         ({"init_from": "no/such/place"}, "model.init_from = no/such/place: no/such/place: no such directory"),
