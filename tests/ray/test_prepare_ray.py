@@ -158,7 +158,7 @@ def test_a_task_whose_process_always_dies_is_one_line_and_exit_code_2(tmp_path: 
             kill(process)
     assert process.returncode == 2
     (line,) = err.splitlines()
-    assert line.startswith("error: prepare: ")
+    assert line.startswith("error: run.toml: prepare: ")
     assert "corpus/a.jsonl (byte 0) to " in line
     assert "corpus/c.jsonl.gz (byte " in line
     assert "the process that read this died 3 times" in line
