@@ -114,7 +114,8 @@ def commit(directory: UPath, index: Index) -> None:
 
 
 def clear(run_dir: str, step: int, bad: Collection[int] = ()) -> list[int]:
-    """Delete what is no checkpoint: directories without an index, which dead attempts left, and the `bad` ones.
+    """Delete what is no checkpoint: directories without an index, which dead attempts left, and the `bad` ones,
+    which are damaged or left behind by a rewind.
 
     Training goes on with `step`. Returns the deleted steps.
 
@@ -130,12 +131,12 @@ def clear(run_dir: str, step: int, bad: Collection[int] = ()) -> list[int]:
     return sorted(s for s, _ in left)
 
 
-def remove_left(run_dir: str, events: list[dict[str, Any]]) -> list[int]:
-    """Delete the checkpoints that the newest rewind has left behind; returns their steps.
+def left_behind(run_dir: str, events: list[dict[str, Any]]) -> list[int]:
+    """Steps of the checkpoints that the newest rewind has left behind.
 
-    The first attempt after a rewind does so, and logs its start only then: those of earlier rewinds are gone.
+    The first attempt after a rewind deletes them, and logs its start only then: those of earlier rewinds are gone.
     """
-    started = max((e["attempt"] for e in events if e["event"] == "start"), default=0)
+    started = max((e["attempt"] for e in rundir.starts(events)), default=0)
     new = [rewind for rewind in rundir.rewinds(events) if rewind["attempt"] >= started]
     gone = []
     for step in steps(run_dir) if new else ():
@@ -144,7 +145,6 @@ def remove_left(run_dir: str, events: list[dict[str, Any]]) -> list[int]:
         with contextlib.suppress(BadCheckpoint):
             found = open_step(run_dir, step)
             if _is_left(found, new):
-                _remove_checkpoint(found.path)
                 gone.append(step)
     return gone
 

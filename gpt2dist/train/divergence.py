@@ -12,7 +12,7 @@ import numpy as np
 from gpt2dist.config import RunConfig
 from gpt2dist.data.documents import documents_of
 from gpt2dist.data.mixture import MixedSplit, Mixture
-from gpt2dist.data.order import PADDING, Ids, SampleOrder, consumed, positions, stack_steps
+from gpt2dist.data.order import SampleOrder, consumed, positions
 from gpt2dist.train import checkpoint, rundir
 
 WINDOW = 100
@@ -65,40 +65,42 @@ class Guard:
         self.run, self.data, self.record, self.attempt = run, data, record, attempt
         train = run.train
         self._divergence = Divergence(train.spike, train.rewind_after)
-        self._skipped: dict[int, Ids] = {}  # sample ids of the newest steps, where none of them was applied
-        latest = max(LATEST_BYTES, LINE_BYTES * (WINDOW + train.rewind_after))
-        before = record.metrics.tail(latest, parts=2) if record.rank == 0 and train.rewind else []
-        for loss, applied in record.agree([(row["loss"], is_applied(row)) for row in before if "loss" in row]):
-            self._divergence.add(loss, applied)
+        self._skipped: list[int] = []  # the newest steps, where none of them was applied
+        latest = max(LATEST_BYTES, LINE_BYTES * (WINDOW + max(train.rewind_after, train.max_skipped)))
+        before = record.metrics.tail(latest, parts=2) if record.rank == 0 else []
+        for row in record.agree([row for row in before if {"step", "loss"} <= row.keys()]):
+            self.alarm(row)
 
     @property
     def bad(self) -> int:
         """Bad steps in a row, up to the newest one; 0 where `train.rewind` is off."""
         return self._divergence.bad
 
-    def alarm(self, metrics: dict[str, Any], ids: Ids) -> bool:
-        """Take in a step; ids: what this rank received in it. True: the group has to go back, see `rewind`.
-
-        Raises:
-            Diverged: `train.rewind` is off, and no gradients were finite for too long.
-        """
+    def alarm(self, metrics: dict[str, Any]) -> bool:
+        """Take in a step. True: the group has to go back or give up, see `answer`."""
         train = self.run.train
         if train.rewind:
             return self._divergence.add(metrics["loss"], is_applied(metrics))
         if "skipped" not in metrics:
             self._skipped.clear()
         elif not is_applied(metrics):
-            self._skipped[metrics["step"]] = ids
-        if len(self._skipped) >= train.max_skipped:
-            self._give_up()
-        return False
+            self._skipped.append(metrics["step"])
+        return len(self._skipped) >= train.max_skipped
 
-    def rewind(self, step: int) -> None:
-        """After `step` steps: log the bad ones, so that the next group leaves out their samples. A collective.
+    def answer(self, step: int) -> None:
+        """After an alarm at the end of `step` steps: returns where the next group has to begin before the bad ones.
+
+        A collective.
 
         Raises:
-            Diverged: it would not help.
+            Diverged: that would not help, or `train.rewind` is off.
         """
+        if not self.run.train.rewind:
+            self._give_up()
+        self._rewind(step)
+
+    def _rewind(self, step: int) -> None:
+        """Log the bad ones, so that the next group leaves out their samples; or raises `Diverged`. A collective."""
         run, record, first = self.run, self.record, step - self.bad
         why_not = ""
         if record.rank == 0:
@@ -111,7 +113,7 @@ class Guard:
                 "diverged" if why_not else "rewind",
                 attempt=self.attempt,
                 steps=[first, step],
-                losses=[row["loss"] for row in record.metrics.tail()[first - step :]],
+                losses=[row["loss"] for row in record.metrics.tail(LINE_BYTES * (step - first + 1), 2)[first - step :]],
                 positions=list(positions(*numbers, run.data.skip)),
                 samples=ids.tolist(),
                 documents=documents_of(split, ids, NAMED_DOCUMENTS),
@@ -132,9 +134,8 @@ class Guard:
 
     def _give_up(self) -> None:
         """Raises `Diverged` with the samples of the steps whose gradients were not finite. A collective."""
-        steps = list(self._skipped)
-        ids = np.stack(self.record.gather(stack_steps(list(self._skipped.values()))))  # [world, steps, slots]
-        samples = [np.sort(ids[:, i][ids[:, i] != PADDING]).tolist() for i in range(len(steps))]
+        steps, order = self._skipped, SampleOrder(self.run, self.data)
+        samples = [np.sort(order.step(step), axis=None).tolist() for step in steps]
         first = ", ".join(map(str, samples[-1][:8])) + (", …" if len(samples[-1]) > 8 else "")
         cause = (
             f"gradients were not finite in {len(steps)} steps in a row, the last being step {steps[-1]} on samples "

@@ -145,8 +145,8 @@ class TrainJob:
                         self._log_failure(error)
                     before, saved = saved, self._saved_step()
                     failures = 1 if saved > before else failures + 1
-                    if 0 <= limit < failures:
-                        raise
+                    if 0 <= limit < failures or self.stopping or self._requested() == rundir.STOP:
+                        raise  # also where it was to stop: then its last steps are not saved
                     pause = BACK_OFF_S * (2 ** min(failures - 1, 20) - 1)
                     if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
                         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import tempfile
 from pathlib import Path
 
 import torch
 
 from gpt2dist.config import RunConfig
-from gpt2dist.storage import location, publish
+from gpt2dist.storage import StorageError, location, publish
+
+logger = logging.getLogger(__name__)
 
 
 class Profile:
@@ -35,9 +38,13 @@ class Profile:
         """Write what there is, if anything; `step` is the first that is not in it."""
         if self.profiler is None:
             return
-        self.profiler.stop()
-        with tempfile.TemporaryDirectory() as name:
-            trace = Path(name) / "trace.json"
-            self.profiler.export_chrome_trace(str(trace))
-            publish(self.directory / f"steps-{self.start}-{step}.json.gz", gzip.compress(trace.read_bytes()))
-        self.profiler = None
+        profiler, self.profiler = self.profiler, None
+        profiler.stop()
+        path = self.directory / f"steps-{self.start}-{step}.json.gz"
+        try:
+            with tempfile.TemporaryDirectory() as name:
+                trace = Path(name) / "trace.json"
+                profiler.export_chrome_trace(str(trace))
+                publish(path, gzip.compress(trace.read_bytes()))
+        except (OSError, StorageError) as e:  # no reason to end a run
+            logger.warning("%s: the profile could not be written: %s", path, e)

@@ -38,14 +38,15 @@ def start(run: RunConfig, engine: Engine, data: Mixture, record: Record) -> tupl
         OSError, StorageError: they are away, or cannot be read now: that is no damage.
     """
     steps: list[int] = []
-    if record.rank == 0:  # what was saved after a divergence had begun
-        checkpoint.remove_left(run.run_dir, record.events.read())
-        steps = checkpoint.steps(run.run_dir)
+    left: list[int] = []  # saved after a divergence had begun; deleted when an earlier one is loaded
+    if record.rank == 0:
+        left = checkpoint.left_behind(run.run_dir, record.events.read())
+        steps = [step for step in checkpoint.steps(run.run_dir) if step not in left]
     bad: dict[int, str] = {}
     for step in record.agree(steps):
         problem = _load(run, engine, data, record, step)
         if not problem:
-            return step, _open_attempt(run, engine, record, step, bad)
+            return step, _open_attempt(run, engine, record, step, {*bad, *left})
         bad[step] = problem
         record.event("bad_checkpoint", step=step, reason=problem)
     if bad:  # to begin again would be another run
@@ -53,7 +54,7 @@ def start(run: RunConfig, engine: Engine, data: Mixture, record: Record) -> tupl
         raise NoneLeft(run.run_dir, next(iter(bad.values())))
     if run.model.init_from:
         engine.set_weights(hf.read_weights(run.model.init_from))
-    return -1, _open_attempt(run, engine, record, 0, bad)
+    return -1, _open_attempt(run, engine, record, 0, left)
 
 
 def _load(run: RunConfig, engine: Engine, data: Mixture, record: Record, step: int) -> str:
@@ -115,7 +116,7 @@ def _log_change(run: RunConfig, data: Mixture, record: Record, index: Index) -> 
 def _open_attempt(run: RunConfig, engine: Engine, record: Record, step: int, bad: Collection[int]) -> int:
     """Drop what earlier attempts left but did not commit, and log the start of a new one; returns its number.
 
-    bad: damaged steps. A collective.
+    bad: steps of checkpoints that are damaged or left behind. A collective.
     """
     attempt = 0
     if record.rank == 0:

@@ -161,9 +161,9 @@ def _skipped_before(before: list[list[int]], now: list[list[int]], position: int
     """What is wrong with leaving out other samples than before; empty: all of them are still to come."""
     old, new = ({(first, end) for first, end in ranges} for ranges in (before, now))
     reached = max((end for _, end in positions(0, position, sorted(old))), default=0)
-    for first, _ in sorted(old ^ new):
+    for first, end in sorted(old ^ new):
         if first < reached:
-            done = "trained on" if new - old else "left out"
+            done = "trained on" if (first, end) in new else "left out"
             return f"the samples from position {first} on were {done} already"
     return ""
 

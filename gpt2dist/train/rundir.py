@@ -92,12 +92,20 @@ class Record:
 
 def rewinds(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rewinds of a run: what each left out stays out for ever."""
-    return [event for event in events if event["event"] == "rewind" and {"steps", "positions"} <= event.keys()]
+    return [
+        event for event in events if event["event"] == "rewind" and {"steps", "positions", "attempt"} <= event.keys()
+    ]
 
 
 def starts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The starts of a run's attempts."""
     return [event for event in events if event["event"] == "start" and {"attempt", "step"} <= event.keys()]
+
+
+def seconds_of(key: str, lines: list[dict[str, Any]], event: str | None = None) -> list[float]:
+    """The numbers under a key in lines of a log, in events of this kind only."""
+    of_kind = [line for line in lines if line.get("event") == event]
+    return [float(line[key]) for line in of_kind if isinstance(line.get(key), (int, float))]
 
 
 def with_rewinds(run: RunConfig, events: list[dict[str, Any]]) -> RunConfig:

@@ -79,14 +79,15 @@ class _Save:
 class Saver:
     """Saves of one rank, one at a time."""
 
-    def __init__(self, ranks: Engine, attempt: int) -> None:
+    def __init__(self, ranks: Engine, attempt: int, work_s: Iterable[float] = ()) -> None:
+        """work_s: `Outcome.work` of the saves of earlier attempts, oldest first, for `estimate`."""
         self.ranks = ranks
         self._snapshot = Snapshot(ranks.rank, attempt)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._copied = threading.Event()
         self._tables: list[SavedFragment] | None = None
         self._save: _Save | None = None
-        self._work_s: deque[float] = deque(maxlen=RECENT)
+        self._work_s: deque[float] = deque(work_s, maxlen=RECENT)
 
     @property
     def busy(self) -> bool:

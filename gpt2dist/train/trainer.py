@@ -144,13 +144,15 @@ class Trainer:
         while self.step < run.stop_step:
             self.profile.before(self.step)
             metrics, wishes = self.train_step(batches)
+            self._alive()
             if every and (self.step == run.train.steps or (self.step % every == 0 and not wishes.hurry)):
                 metrics |= {"val_loss": self._timed_evaluation(), "eval_s": self.eval_seconds}
             self._alive()
             self.record.step(metrics)
-            if self.guard.alarm(metrics, self.uncommitted[-1]):
+            if self.guard.alarm(metrics):
                 self._note(self.saver.finish(self._alive))
-                self.guard.rewind(self.step)
+                self.profile.close(self.step)
+                self.guard.answer(self.step)
                 return "rewound"
             self.times.step(metrics["step_s"])
             self._save_in_background(wishes)
@@ -172,7 +174,8 @@ class Trainer:
     def close(self) -> None:
         """Write the log lines that wait, also after a failure."""
         self.record.flush()
-        for name in ("watchdog", "saver"):  # what failed at the start of the attempt may have left them unmade
+        # The write in flight may never end. What failed at the start of the attempt may have left them unmade.
+        for name in ("saver", "watchdog"):
             if part := getattr(self, name, None):
                 part.close()
 
@@ -269,11 +272,15 @@ class Trainer:
         run, record = self.run, self.record
         self.saved_step, self.attempt = restore.start(run, self.engine, self.data, record)
         self.step = self.ledger_end = max(0, self.saved_step)
-        self.saver = Saver(self.engine, self.attempt)
+        events = record.events.in_time() if self.rank == 0 else []  # only rank 0 plans
+        self.saver = Saver(self.engine, self.attempt, rundir.seconds_of("work_s", events, "commit"))
         self.saver.prepare()
         self.guard = Guard(run, self.data, record, self.attempt)
         self.watchdog = Watchdog(run, self.rank, self.attempt, record.gather)
-        self.times = SaveTimes(run.checkpoint, self.saver, record.events.in_time() if self.rank == 0 else [])
+        self.times = SaveTimes(run.checkpoint, self.saver, events)
+        lines = record.metrics.tail() if self.rank == 0 else []
+        evaluations = rundir.seconds_of("seconds", events, "eval") + rundir.seconds_of("eval_s", lines)
+        self.eval_seconds = evaluations[-1] if evaluations else 0.0
         if run.checkpoint.every_minutes == "auto":
             record.event("save_interval", **self.times.reasoning)
 
@@ -298,7 +305,10 @@ class Trainer:
                 if self.saved_step <= 0:
                     newest = "there is no checkpoint"
                 raise NotSaved(f"the state of step {self.step} could not be saved: {outcome.problem}; {newest}")
-            time.sleep(pause)
+            again = time.monotonic() + pause
+            while time.monotonic() < again:
+                self._alive()
+                time.sleep(min(1.0, pause))
             pause = min(2 * pause, 30.0)
 
     def _save_in_background(self, wishes: Wishes) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gpt2dist.config import RunConfig
 from gpt2dist.data.blocks import StepBatch, local_blocks, split_blocks
 from gpt2dist.train import checkpoint, savetimes, snapshot
 from gpt2dist.train.checkpoint import NoneLeft
+from gpt2dist.train.divergence import Diverged
 from gpt2dist.train.engine import Engine
 from gpt2dist.train.trainer import NotSaved, Trainer
 
@@ -41,7 +44,9 @@ def rank_1_never_writes_again(trainer: Trainer, step: int) -> None:
 
 
 def index_cannot_be_written(trainer: Trainer, step: int) -> None:
-    """A directory is in its place, in the directories of steps 4 to 6."""
+    """A directory is in its place, in the directories of steps 4 to 6, for long enough to be met."""
+    if step in (5, 6):
+        time.sleep(0.5)
     if trainer.rank == 0 and step in (3, 7):
         for save in (4, 5, 6):
             path = Path(checkpoint.step_directory(trainer.run.run_dir, save)) / "index.json"
@@ -72,6 +77,24 @@ def old_ones_cannot_be_deleted(trainer: Trainer, step: int) -> None:
         checkpoint.prune = fails
 
 
+def profile_cannot_be_written(trainer: Trainer, step: int) -> None:
+    """A file lies where its directory would be."""
+    if trainer.rank == 0 and step == 0:
+        Path(trainer.run.run_dir, "profile").write_text("")
+
+
+def nothing_can_be_written(trainer: Trainer, step: int) -> None:
+    """On no rank, before the last step."""
+    if step == trainer.run.train.steps - 1:
+        _limit(4096)
+
+
+def slow_steps_and_evaluations(trainer: Trainer, step: int) -> None:
+    """Two seconds each."""
+    time.sleep(2)
+    trainer.evaluate = lambda: time.sleep(2) or 0.0  # type: ignore[func-returns-value, method-assign]
+
+
 def none(trainer: Trainer, step: int) -> None:
     """Nothing happens."""
 
@@ -95,7 +118,7 @@ def train(run: RunConfig, fault: Fault = none) -> dict[str, Any]:
         start = trainer.step
         try:
             return {"start": start, "end": trainer.train(_batches(trainer, fault))}
-        except NotSaved as e:
+        except (NotSaved, Diverged) as e:
             return {"start": start, "end": str(e)}
     finally:
         _limit(resource.RLIM_INFINITY)
@@ -116,3 +139,27 @@ def train_where_nothing_is_shared(run: RunConfig) -> dict[str, Any]:
     """Each rank with a run directory of its own, as on machines without shared storage."""
     rank = int(os.environ["RANK"])
     return train(run.model_copy(update={"storage": f"{run.storage}/machine-{rank}"}))
+
+
+def fail_while_a_write_hangs(run: str, rendezvous: str) -> None:
+    """One rank: the write of its first save never ends, and its data stream fails soon after that."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed asks for them
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+
+    def fault(trainer: Trainer, step: int) -> None:
+        snapshot.writing = lambda _: threading.Event().wait()
+        if step == trainer.run.checkpoint.every_steps + 3:
+            raise RuntimeError("a shard is damaged")
+
+    train(RunConfig.model_validate_json(run), fault)
+
+
+def known_seconds(run: RunConfig) -> tuple[float, float]:
+    """What a new attempt thinks that a save and an evaluation take."""
+    engine = Engine(run, torch.device("cpu"))
+    trainer = Trainer(run, engine)
+    trainer.restore()
+    found = trainer.saver.estimate(trainer.saver.bytes), trainer.eval_seconds
+    trainer.close()
+    engine.close()
+    return found

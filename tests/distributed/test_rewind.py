@@ -15,7 +15,7 @@ from gpt2dist.train import ledger, rundir
 from gpt2dist.train.checkpoint import Checkpoint, committed, newest
 from gpt2dist.train.preflight import preflight
 from tests.conftest import tiny_run
-from tests.distributed import jobs
+from tests.distributed import jobs, saves
 from tests.distributed.test_engine import logged
 
 Ranks = Callable[..., list[Any]]
@@ -107,3 +107,23 @@ def test_a_rewind_that_leads_nowhere_deletes_nothing(
         (message,) = ranks(jobs.train_with_bad_samples, 1, again, bad)[0]
         assert message.startswith(f"the loss diverged in steps {steps}, and no checkpoint before them is left")
         assert [c.index.step for c in committed(run.run_dir) if isinstance(c, Checkpoint)] == [14, 12]
+
+
+@pytest.mark.timeout(180)
+def test_a_rewind_to_a_damaged_checkpoint_deletes_nothing(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    """Only when an earlier one is loaded do the later ones go."""
+    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "eval__every_steps": 0}
+    changes |= {"train__rewind": True, "checkpoint__every_steps": 2, "checkpoint__keep": 1}
+    run = tiny_run(train__stop_at=6, train__nan_at=[5], **changes)
+    assert ranks(saves.train, 1, run)[0]["end"] == "stopped"
+    (file,) = Path(run.run_dir).glob("checkpoints/step-00000004/*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    again = tiny_run(train__nan_at=[5, 6, 7], **changes)
+    assert ranks(saves.train, 1, again)[0]["end"] == "rewound"
+    skipping = rundir.with_rewinds(again, rundir.events_log(run.run_dir).read())
+    assert "content differs from its sha256" in ranks(saves.train, 1, skipping)[0]["end"]
+    assert [c.index.step for c in committed(run.run_dir) if isinstance(c, Checkpoint)] == [6, 4]

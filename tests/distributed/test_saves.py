@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from gpt2dist.config import RunConfig
 from gpt2dist.data.mixture import Mixture
 from gpt2dist.train import checkpoint, ledger, rundir
 from gpt2dist.train.checkpoint import Checkpoint
-from tests.conftest import tiny_run
+from gpt2dist.train.watchdog import EXIT_CODE
+from tests.conftest import ROOT, tiny_run
 from tests.distributed import jobs, saves
 from tests.distributed.test_engine import logged
 
@@ -164,3 +168,56 @@ def test_no_evaluation_holds_up_the_last_save(ranks: Ranks, make_data: Callable[
         assert [row["step"] + 1 for row in rows if "val_loss" in row] == evaluated
         assert max(saved(run)) == len(rows)
     assert ends == {4.5: "preempted", 60.0: "finished"}
+
+
+@pytest.mark.timeout(120)
+def test_only_what_hangs_is_taken_for_a_hang(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """Neither a last save that is tried again, nor a step and an evaluation which together take longer."""
+    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "cluster__hang_timeout_s": 3.0}
+    changes |= {"cluster__workers": 1, "checkpoint__every_steps": 0}
+    retried = tiny_run(name="retried", **changes, eval__every_steps=0, checkpoint__retry_minutes=0.15)
+    slow = tiny_run(name="slow", **changes, eval__every_steps=2, train__steps=4)
+    calls = [(retried, saves.nothing_can_be_written), (slow, saves.slow_steps_and_evaluations)]
+    ((first, second),) = ranks(saves.train_all, 1, calls)
+    assert first["end"].startswith("the state of step 12 could not be saved: ")
+    assert second["end"] == "finished"
+    assert events(retried, "hang") == events(slow, "hang") == []
+
+
+@pytest.mark.timeout(120)
+def test_a_write_that_never_ends_holds_no_failed_worker(make_data: Callable[..., str], tmp_path: Path) -> None:
+    """The watchdog ends it: nobody else would, where it is alone."""
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), cluster__workers=1, cluster__hang_timeout_s=2.0)
+    code = "import sys; from tests.distributed import saves; saves.fail_while_a_write_hangs(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, run.model_dump_json(), str(tmp_path / "rendezvous")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == EXIT_CODE, done.stderr
+    assert len(events(run, "hang")) == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_profile_that_cannot_be_written_ends_no_run(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    run = tiny_run(
+        storage=str(tmp_path), data__path=make_data([3000]), train__profile_steps=(3, 5), eval__every_steps=0
+    )
+    assert ranks(saves.train, 1, run, saves.profile_cannot_be_written) == [{"start": 0, "end": "finished"}]
+
+
+@pytest.mark.timeout(120)
+def test_what_earlier_attempts_took_is_known(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
+    """A notice soon after a start: how long saves and evaluations take decides what is still done."""
+    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "eval__every_steps": 2}
+    for stop in (6, None):
+        run = tiny_run(train__stop_at=stop, **changes)
+        assert ranks(saves.train, 1, run)[0]["end"] == ("stopped" if stop else "finished")
+        if stop:  # as if on a slower machine
+            rows, log = rundir.events_log(run.run_dir).read(), Path(run.run_dir) / "events.jsonl"
+            slow = [row | {"work_s": 40.0} if row["event"] == "commit" else row for row in rows]
+            log.write_text("".join(json.dumps(row) + "\n" for row in slow))
+            lines = rundir.metrics_log(run.run_dir).read()
+            slow = [line | {"eval_s": 50.0} if "eval_s" in line else line for line in lines]
+            (Path(run.run_dir) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slow))
+            (found,) = ranks(saves.known_seconds, 1, run)
+            assert found == (40.0, 50.0)

@@ -13,7 +13,7 @@ from gpt2dist.data.mixture import Mixture
 from gpt2dist.data.order import SampleOrder
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
-from tests.distributed import jobs
+from tests.distributed import jobs, saves
 
 Ranks = Callable[..., list[Any]]
 
@@ -78,3 +78,22 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_samples(
     lines = rundir.metrics_log(run.run_dir).read()
     assert [line["step"] for line in lines if line.get("skipped")] == list(range(5, steps[-1] + 1))
     assert jobs.committed_step(run) <= steps[-1]
+
+
+@pytest.mark.timeout(180)
+def test_those_before_a_stop_count_and_what_was_saved_stays(
+    ranks: Ranks, make_data: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two skipped steps, a stop, one more; and a save that is still being written when the run gives up."""
+    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "eval__every_steps": 0}
+    changes |= {"train__max_skipped": 3, "train__nan_at": list(range(5, 12))}
+    stopped = tiny_run(train__stop_at=7, **changes)
+    slow = tiny_run(name="slow", checkpoint__every_steps=5, **changes)
+    calls = [(stopped, saves.none), (tiny_run(**changes), saves.none), (slow, saves.slow_disk)]
+    (ends, _) = ranks(saves.train_all, 2, calls)
+    assert ends[0] == {"start": 0, "end": "stopped"}
+    assert ends[1]["start"] == 7
+    for end in ends[1:]:
+        assert end["end"].startswith("gradients were not finite in 3 steps in a row, the last being step 7 on samples ")
+    assert [e["steps"] for e in rundir.events_log(stopped.run_dir).read() if e["event"] == "non_finite"] == [[5, 6, 7]]
+    assert jobs.committed_step(slow) == 5

@@ -271,10 +271,10 @@ def test_what_a_rewind_left_behind_is_not_the_newest(tmp_path: Path) -> None:
     assert found is not None
     assert found.index.step == 4
     events = rundir.events_log(str(tmp_path))
-    assert checkpoint.remove_left(str(tmp_path), events.read()) == [6]
+    assert checkpoint.left_behind(str(tmp_path), events.read()) == [6]
     save(tmp_path, 8)
-    events.append({"time": 1.0, "event": "start", "step": 4, "attempt": 2})  # who logs it has removed them
-    assert checkpoint.remove_left(str(tmp_path), events.read()) == []
+    events.append({"time": 1.0, "event": "start", "step": 4, "attempt": 2})  # who logs it has deleted them
+    assert checkpoint.left_behind(str(tmp_path), events.read()) == []
 
 
 def test_a_rewind_does_not_hide_that_checkpoints_are_away(tmp_path: Path) -> None:

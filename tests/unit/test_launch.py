@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 import ray.train
 
-from gpt2dist.train import reservation, rundir
-from gpt2dist.train.launch import TrainJob
+from gpt2dist.train import checkpoint, reservation, rundir
+from gpt2dist.train.launch import TrainingFailed, TrainJob
 from tests.conftest import tiny_run
 
 
@@ -43,6 +44,33 @@ def test_a_group_that_fails_after_it_has_logged_a_rewind_is_followed_by_one_with
     assert "skip = []" not in (Path(run.run_dir) / "config.toml").read_text()
 
 
+@pytest.mark.parametrize("by_file", [True, False])
+def test_a_group_that_dies_before_it_has_stopped_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_file: bool
+) -> None:
+    """Its last steps are not saved: no command may say that all is well."""
+    run = tiny_run(storage=str(tmp_path), cluster__max_failures=3)
+    Path(run.run_dir).mkdir()
+    go_on = threading.Event()
+
+    def fit() -> None:
+        go_on.wait(30)
+        raise ray.train.TrainingFailedError("worker 1")
+
+    monkeypatch.setattr(TrainJob, "_worker_group", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(reservation, "remove_groups", lambda: None)  # there is no Ray here
+    job = TrainJob(run, time.time())
+    if by_file:
+        rundir.request(run.run_dir, rundir.STOP)
+    else:
+        job.request_stop()
+    go_on.set()
+    job._thread.join(30)
+    with pytest.raises(TrainingFailed):
+        job.check()
+    assert not ray.is_initialized()
+
+
 def test_foreign_lines_and_a_clock_that_is_set_back_stop_no_run(tmp_path: Path) -> None:
     run = tiny_run(storage=str(tmp_path))
     events = rundir.events_log(run.run_dir)
@@ -52,6 +80,7 @@ def test_foreign_lines_and_a_clock_that_is_set_back_stop_no_run(tmp_path: Path) 
     assert rundir.start_step(run.run_dir) == rundir.saved_step(run.run_dir) == 4
     assert [start["attempt"] for start in rundir.starts(events.read())] == [1]
     assert rundir.with_rewinds(run, events.read()) == run
+    assert checkpoint.left_behind(run.run_dir, events.read()) == []
     reservation.release(run.run_dir, [{"time": 1.0, "event": "launch"}, *events.read()])
     newest = SimpleNamespace(_events=events)
     assert TrainJob._newest(newest, "start", "failure") == "start"  # type: ignore[arg-type]

@@ -132,6 +132,7 @@ def test_samples_may_be_left_out_that_are_still_to_come() -> None:
     (change,) = changes(far, tiny_run(data__skip=[[8, 16], [48, 56], [1000, 2000]]), 40, "a", "a")
     assert change.effect == "safe"
     trained, left_out = of([[8, 16], [40, 56]]), of([])
+    assert of([[100, 120]]).reason == left_out.reason
     assert refusal([trained], allow_changed=True).startswith(
         "data.skip: [[8, 16]] → [[8, 16], [40, 56]]: the samples from "
     )
