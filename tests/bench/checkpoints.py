@@ -27,6 +27,7 @@ from gpt2dist.train.engine import Engine
 from gpt2dist.train.trainer import Trainer, Wishes
 from tests.bench.common import PAIRS, Row
 from tests.conftest import ROOT, make_shard, tiny_run
+from tests.processes import train_workers
 from tests.ranks import run_ranks
 
 LARGE = {"n_layer": 7, "n_head": 12, "n_embd": 768}
@@ -235,8 +236,7 @@ def _first_step(run: RunConfig, after: float, patience: float = 240) -> float:
 
 
 def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in below if "RayTrainWorker" in " ".join(p.cmdline())]
+    return train_workers(psutil.Process(process.pid).children(recursive=True))
 
 
 def _start_kill_start(directory: Path, model: dict[str, int]) -> tuple[float, float, float]:

@@ -21,6 +21,7 @@ from gpt2dist.report.tables import goodput_line
 from gpt2dist.train import rundir
 from tests.bench.common import Row
 from tests.conftest import ROOT, make_shard
+from tests.processes import train_workers
 
 MTBF_S = 120.0
 KILLS = 3
@@ -75,4 +76,4 @@ def _at_work(run_dir: str, attempt: int) -> bool:
 
 
 def _workers(pid: int) -> list[psutil.Process]:
-    return [p for p in psutil.Process(pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    return train_workers(psutil.Process(pid).children(recursive=True))

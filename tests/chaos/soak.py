@@ -31,6 +31,7 @@ from gpt2dist.data.shards import Manifest
 from gpt2dist.train import checkpoint, ledger, rundir
 from tests.conftest import make_shard, tiny_run
 from tests.distributed import jobs
+from tests.processes import train_workers
 from tests.ranks import run_ranks
 
 WORLD = 2
@@ -142,12 +143,7 @@ def _wait(condition: Any, driver: subprocess.Popen[bytes], what: str) -> None:
 
 
 def _workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    found = []
-    for p in psutil.Process(driver.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(p.cmdline()):
-                found.append(p)
-    return found
+    return train_workers(psutil.Process(driver.pid).children(recursive=True))
 
 
 def _kill_a_worker(driver: subprocess.Popen[bytes], rng: random.Random) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from gpt2dist.train import checkpoint, rundir
 from gpt2dist.train.fragment import Fragment
 from gpt2dist.train.snapshot import Snapshot
 from tests.conftest import ROOT, tiny_run
+from tests.processes import train_workers
 from tests.ray.test_train import Run, assert_audit, events, steps_done, training, wait_for, write
 from tests.unit.test_generate import generated, prompts_of
 from tests.unit.test_model import transformers_twin
@@ -128,12 +128,7 @@ def test_killed_run_resumes_bit_for_bit(
 
 
 def _worker(process: subprocess.Popen[str]) -> psutil.Process:
-    workers = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile; a zombie is one of these
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                workers.append(child)
-    (worker,) = workers
+    (worker,) = train_workers(psutil.Process(process.pid).children(recursive=True))
     return worker
 
 

@@ -20,6 +20,7 @@ from gpt2dist.config import RunConfig
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 from tests.distributed.test_engine import logged
+from tests.processes import train_workers
 from tests.ray.test_train import Run, assert_audit, events, steps_done, training, wait_for, write
 
 TWO_NODES: dict[str, Any] = {
@@ -188,7 +189,7 @@ def test_stopped_worker_is_found_out(
     )
     with training(write(run, tmp_path)) as process:
         wait_for(lambda: steps_done(run) >= 6)
-        workers = [p for p in process.descendants() if "RayTrainWorker" in " ".join(p.cmdline())]  # type: ignore[attr-defined]
+        workers = train_workers(process.descendants())  # type: ignore[attr-defined]
         os.kill(workers[-1].pid, signal.SIGSTOP)
         wait_for(lambda: events(run, "hang"), 15)
         wait_for(lambda: len(events(run, "start")) == 2, 60)

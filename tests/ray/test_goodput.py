@@ -16,13 +16,14 @@ import pytest
 from gpt2dist.config import RunConfig
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
+from tests.processes import train_workers
 from tests.ray.test_train import Run, events, steps_done, training, wait_for, write
 
 DEAD_S, PAUSE_S, HANG_S = 8.0, 6.0, 5.0
 
 
 def workers(process: Any) -> list[psutil.Process]:
-    return [p for p in process.descendants() if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+    return train_workers(p for p in process.descendants() if p.is_running())
 
 
 def kill(process: Any) -> None:

@@ -18,6 +18,7 @@ from gpt2dist.report import gauges
 from gpt2dist.report.goodput import goodput
 from gpt2dist.train import rundir
 from tests.conftest import tiny_run
+from tests.processes import train_workers
 from tests.ray.test_train import CLI, events, steps_done, wait_for, write
 
 Samples = dict[tuple[str, str], float]
@@ -91,7 +92,7 @@ def test_scraped_values_are_those_of_the_run(
             wait_for(lambda: tells_goodput(run, scrape(url, run.name)), 40)
 
             family = psutil.Process(cluster.head.process.pid).children(recursive=True)
-            next(p for p in family if "RayTrainWorker" in " ".join(p.cmdline())).kill()
+            train_workers(family)[0].kill()
             wait_for(lambda: events(run, "failure"))
             wait_for(lambda: scrape(url, run.name)["tokens_per_s", ""] == 0, 20)
             wait_for(lambda: scrape(url, run.name)["attempts", ""] == 2)

@@ -24,6 +24,7 @@ from gpt2dist.train import rundir
 from tests.conftest import tiny_run
 from tests.distributed import jobs
 from tests.distributed.test_engine import logged
+from tests.processes import train_workers
 
 CLI = [sys.executable, "-m", "gpt2dist"]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -185,7 +186,7 @@ def test_killed_worker_restarts_and_ctrl_c_saves(make_data: Callable[..., str], 
         refused = gpt2dist("train", f"{run.name}.toml")
         assert refused.returncode == 2
         assert "another process is training this run" in refused.stderr
-        workers = [p for p in process.descendants() if "RayTrainWorker" in " ".join(p.cmdline())]  # type: ignore[attr-defined]
+        workers = train_workers(process.descendants())  # type: ignore[attr-defined]
         assert len(workers) == 2
         workers[1].kill()
         wait_for(lambda: len(events(run, "start")) == 2)
