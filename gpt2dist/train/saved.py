@@ -74,9 +74,11 @@ def open_model(location: str, step: int | None = None, *, ema: bool = False) -> 
 
 def _as_trained(config: GPT2Config, found: checkpoint.Checkpoint) -> GPT2Config:
     """With what a later command may have changed in config.toml as it was when the checkpoint was saved."""
-    model = found.index.config.get("model", {})
-    same = {key: model.get(key, getattr(config, key)) for key in ("document_mask", "dropout")}
-    return replace(config, **same)
+    model = found.index.config.get("model")
+    saved = model if isinstance(model, dict) else {}
+    mask, dropout = saved.get("document_mask"), saved.get("dropout")
+    config = replace(config, document_mask=mask) if isinstance(mask, bool) else config
+    return replace(config, dropout=dropout) if isinstance(dropout, float) else config
 
 
 def find_checkpoint(location: str, step: int | None = None) -> checkpoint.Checkpoint:
