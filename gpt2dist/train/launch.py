@@ -145,7 +145,7 @@ class TrainJob:
                         self._log_failure(error)
                     before, saved = saved, self._saved_step()
                     failures = 1 if saved > before else failures + 1
-                    if 0 <= limit < failures or self.stopping or self._requested() == rundir.STOP:
+                    if 0 <= limit < failures or self._is_to_stop():
                         raise  # also where it was to stop: then its last steps are not saved
                     pause = BACK_OFF_S * (2 ** min(failures - 1, 20) - 1)
                     if self._stopped_while_waiting(min(pause, LONGEST_BACK_OFF_S)):
@@ -209,10 +209,14 @@ class TrainJob:
     def _say_away(self, problem: str) -> None:
         self.waits_for = f"waiting for the storage ({problem})"
 
+    def _is_to_stop(self) -> bool:
+        """Whether the end was asked for, here or by the file."""
+        return self.stopping or self._requested() == rundir.STOP
+
     def _stopped_while_waiting(self, seconds: float) -> bool:
         """Wait before the next start; whether the end was asked for meanwhile, when no worker could see it."""
         end = time.monotonic() + seconds
-        while not self.stopping and self._requested() != rundir.STOP:
+        while not self._is_to_stop():
             if time.monotonic() >= end:
                 return False
             time.sleep(min(1.0, seconds))

@@ -208,16 +208,10 @@ def test_a_profile_that_cannot_be_written_ends_no_run(
 @pytest.mark.timeout(120)
 def test_what_earlier_attempts_took_is_known(ranks: Ranks, make_data: Callable[..., str], tmp_path: Path) -> None:
     """A notice soon after a start: how long saves and evaluations take decides what is still done."""
-    changes = {"storage": str(tmp_path), "data__path": make_data([3000]), "eval__every_steps": 2}
-    for stop in (6, None):
-        run = tiny_run(train__stop_at=stop, **changes)
-        assert ranks(saves.train, 1, run)[0]["end"] == ("stopped" if stop else "finished")
-        if stop:  # as if on a slower machine
-            rows, log = rundir.events_log(run.run_dir).read(), Path(run.run_dir) / "events.jsonl"
-            slow = [row | {"work_s": 40.0} if row["event"] == "commit" else row for row in rows]
-            log.write_text("".join(json.dumps(row) + "\n" for row in slow))
-            lines = rundir.metrics_log(run.run_dir).read()
-            slow = [line | {"eval_s": 50.0} if "eval_s" in line else line for line in lines]
-            (Path(run.run_dir) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slow))
-            (found,) = ranks(saves.known_seconds, 1, run)
-            assert found == (40.0, 50.0)
+    run = tiny_run(storage=str(tmp_path), data__path=make_data([3000]), eval__every_steps=2, train__stop_at=6)
+    assert ranks(saves.train, 1, run)[0]["end"] == "stopped"
+    for file, key, seconds in (("events.jsonl", "work_s", 40.0), ("metrics.jsonl", "eval_s", 50.0)):
+        log = Path(run.run_dir) / file  # as if on a slower machine
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        log.write_text("".join(json.dumps(row | {key: seconds} if key in row else row) + "\n" for row in rows))
+    assert ranks(saves.known_seconds, 1, run) == [(40.0, 50.0)]
